@@ -1,0 +1,45 @@
+"""The loss table: the loss of every expert on every sample, and what it was measured with.
+
+On disk one parquet file in long form, one row per sample, expert and protocol; in memory one dense table per protocol.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """Losses of n samples under one protocol, measured by one runtime.
+
+    loss: nats summed over a sample's scored tokens, (n, experts). base: the same for the base model, (n,).
+    halves: the two halves of each sample's scored tokens, (n, experts, 2), which sum to `loss`.
+    count: scored tokens, (n,). count_halves: (n, 2). text_bytes: UTF-8 bytes of the scored text, (n,).
+    sample, document, domain: ids and labels, (n,). `experts` names the columns.
+    """
+
+    protocol: str
+    runtime: str
+    experts: tuple[str, ...]
+    loss: Floats
+    base: Floats
+    halves: Floats
+    count: Floats
+    count_halves: Floats
+    text_bytes: Floats
+    sample: NDArray[np.int64]
+    document: NDArray[np.str_]
+    domain: NDArray[np.str_]
+
+    def __len__(self) -> int:
+        return int(self.loss.shape[0])
+
+    @property
+    def mean(self) -> Floats:
+        """Nats per token of every sample and expert, (n, experts): what routers are trained on."""
+        return self.loss / self.count[:, None]

@@ -1,0 +1,86 @@
+"""What the closed forms need from data: second moments, extremes and the token count of a linear's input.
+
+RTN needs nothing, imatrix the diagonal of H over n, AWQ tr(dW H dW^T) and mean |x|, GPTQ the Cholesky factor of H's
+inverse, SmoothQuant max |x|. All of it adds up over samples, so statistics are kept per calibration domain and an
+expert for any mix of domains is a weighted sum away, without another forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moqe.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Sums over the tokens that reached a linear layer's input.
+
+    hessian: sum of x x^T, float32, (in, in). absmax: max |x|, float32, (in,). abssum: sum |x|, float32, (in,).
+    tokens: how many x were summed; a float, because domains may be weighted.
+    """
+
+    hessian: Tensor
+    absmax: Tensor
+    abssum: Tensor
+    tokens: float
+
+    @property
+    def importance(self) -> Tensor:
+        """Mean x^2 per input channel, (in,): ggml's importance matrix."""
+        return torch.diagonal(self.hessian) / self.tokens
+
+    @property
+    def absmean(self) -> Tensor:
+        """Mean |x| per input channel, (in,)."""
+        return self.abssum / self.tokens
+
+    def scaled_inputs(self, divisor: Tensor) -> InputStatistics:
+        """The statistics of x / divisor, with divisor (in,) positive."""
+        return InputStatistics(
+            self.hessian / divisor[:, None] / divisor[None, :],
+            self.absmax / divisor,
+            self.abssum / divisor,
+            self.tokens,
+        )
+
+
+def accumulate(total: InputStatistics | None, inputs: Tensor) -> InputStatistics:
+    """Add a batch of inputs, (tokens, in) of any float type, to `total`."""
+    x = inputs.to(torch.float32)
+    hessian, absolute = x.T @ x, x.abs()
+    absmax, abssum = absolute.amax(0), absolute.sum(0)
+    if total is None:
+        return InputStatistics(hessian, absmax, abssum, float(x.shape[0]))
+    return InputStatistics(
+        total.hessian.add_(hessian),
+        torch.maximum(total.absmax, absmax),
+        total.abssum.add_(abssum),
+        total.tokens + x.shape[0],
+    )
+
+
+def combine(by_domain: Mapping[str, InputStatistics], weights: Mapping[str, float] | None = None) -> InputStatistics:
+    """The weighted sum of domains' statistics; a domain without a weight counts 1, with weight 0 it is left out.
+
+    Raises NumericalError when nothing is left or something is not finite.
+    """
+    parts = [(float((weights or {}).get(domain, 1.0)), part) for domain, part in sorted(by_domain.items())]
+    parts = [(weight, part) for weight, part in parts if weight > 0]
+    if not parts or sum(part.tokens for _, part in parts) == 0:
+        raise NumericalError("no calibration tokens are left: give at least one domain a positive weight")
+    total = InputStatistics(
+        torch.stack([weight * part.hessian for weight, part in parts]).sum(0)
+        if len(parts) > 1
+        else parts[0][1].hessian * parts[0][0],
+        torch.stack([part.absmax for _, part in parts]).amax(0),
+        torch.stack([weight * part.abssum for weight, part in parts]).sum(0),
+        sum(weight * part.tokens for weight, part in parts),
+    )
+    if not (torch.isfinite(total.hessian).all() and torch.isfinite(total.absmax).all()):
+        raise NumericalError("calibration statistics are not finite: the base model's activations overflow")
+    return total

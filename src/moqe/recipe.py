@@ -1,0 +1,275 @@
+"""The recipe: one YAML file that says everything about a mixture.
+
+It is the only place where an option is declared. Units are in the names. Its canonical hash is printed on whatever is
+made from it; two recipes with the same hash make the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from moqe.errors import RecipeError, did_you_mean
+from moqe.store import canonical_hash
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+RESERVED_NAMES = frozenset({"base", "mixture", "oracle", "random", "uniform", "constant", "moqe"})
+
+
+class Options(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Source(Options):
+    """Where documents come from: a text file, a parquet file, a hub id, or `bundled:<name>`.
+
+    `domain` labels every document of the source in tables and plots. `split`, `subset` and `column` apply to hub ids
+    and parquet files. `separator` cuts a plain text file into documents: `blank` at blank lines, `wikitext` at
+    top-level headings, `none` not at all. `skip_documents` and `max_documents` take a range of documents.
+    """
+
+    path: str
+    domain: str = ""
+    column: str = "text"
+    subset: str = ""
+    split: str = "train"
+    separator: Literal["none", "blank", "wikitext"] = "none"
+    skip_documents: int = Field(0, ge=0)
+    max_documents: int | None = Field(None, ge=1)
+
+    @property
+    def label(self) -> str:
+        """The domain, or the path where none was given."""
+        return self.domain or self.path
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Sources = Annotated[tuple[Annotated[Source, BeforeValidator(_as_source)], ...], Field(min_length=1)]
+
+
+class Data(Options):
+    """The three kinds of documents, which must be disjoint, and the window they are cut into.
+
+    `window` is in tokens. The sample limits are windows in total, spread evenly over domains; None takes all.
+    `validation_share` is the share of the router's documents kept apart for early stopping and selection.
+    """
+
+    calibration: Sources
+    router: Sources
+    test: Sources
+    window: int = Field(512, ge=16)
+    calibration_samples: int | None = Field(128, ge=1)
+    router_samples: int | None = Field(None, ge=1)
+    test_samples: int | None = Field(None, ge=1)
+    validation_share: float = Field(0.25, gt=0.0, lt=1.0)
+
+
+class Gptq(Options):
+    """Options of gptq. `damping` is relative to the mean of H's diagonal; `block_columns` only changes speed."""
+
+    damping: float = Field(0.01, gt=0.0)
+    activation_order: bool = True
+    block_columns: int = Field(128, ge=1)
+    grid: Literal["searched", "minmax"] = "searched"
+
+
+class Awq(Options):
+    """Options of awq: points of the scale search over exponents in [0, 1), and the clipping search."""
+
+    grid_points: int = Field(20, ge=2)
+    clip: bool = True
+    clip_steps: int = Field(10, ge=1)
+    max_shrink: float = Field(0.5, gt=0.0, lt=1.0)
+
+
+class SmoothQuant(Options):
+    """Options of smoothquant: the migration strength alpha of the paper's section 4."""
+
+    alpha: float = Field(0.5, ge=0.0, le=1.0)
+
+
+class Rtn(Options):
+    """Options of rtn. `grid: searched` minimises the squared rounding error, `minmax` spans the extremes."""
+
+    grid: Literal["searched", "minmax"] = "minmax"
+
+
+class Expert(Options):
+    """One expert: a method and a scheme applied to the base model, or an existing `checkpoint`.
+
+    `calibration` weighs the calibration domains in the statistics (a missing domain counts 1); empty weighs all alike.
+    `on_unsupported` says what happens to a layer that the method cannot do; `block_fallback` names the block scheme
+    for rows that the block scheme's super-blocks do not fit.
+    """
+
+    name: Name
+    method: str = ""
+    scheme: str = ""
+    group_size: int | None = Field(None, ge=0)
+    symmetric: bool | None = None
+    checkpoint: str = ""
+    calibration: dict[str, float] = Field(default_factory=dict)
+    sequential: bool = False
+    on_unsupported: Literal["error", "rtn", "keep"] = "error"
+    block_fallback: str = ""
+    gptq: Gptq = Gptq()
+    awq: Awq = Awq()
+    smoothquant: SmoothQuant = SmoothQuant()
+    rtn: Rtn = Rtn()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Expert:
+        if self.name in RESERVED_NAMES:
+            raise ValueError(f"expert name {self.name!r} is reserved: choose another")
+        if bool(self.checkpoint) == bool(self.method):
+            raise ValueError(f"expert {self.name!r} needs either method and scheme, or checkpoint")
+        if self.method and not self.scheme:
+            raise ValueError(f"expert {self.name!r} needs a scheme, for example w4a16")
+        if any(weight < 0 for weight in self.calibration.values()):
+            raise ValueError(f"expert {self.name!r}: calibration weights must not be negative")
+        return self
+
+
+class Balance(Options):
+    """The paper's balance mechanisms. `usage_decay` is the EMA's; the bias lowers logits of experts used above 1/N."""
+
+    load_balancing_weight: float = Field(0.01, ge=0.0)
+    usage_decay: float = Field(0.8, ge=0.0, lt=1.0)
+    bias_strength: float = Field(0.8, ge=0.0)
+    noise_scale: float = Field(1.0, ge=0.0)
+    temperature: float = Field(1.0, gt=0.0)
+
+
+class Router(Options):
+    """How the router is trained. None means: what the preset says.
+
+    `preset: paper` is the paper's network and hyperparameters; `tuned` tries a small set and keeps what measures best
+    on validation. `guard` falls back to the best single expert unless the predicted gain clears its standard error.
+    """
+
+    preset: Literal["paper", "tuned"] = "tuned"
+    objective: Literal["cross_entropy", "expected_loss", "centred_regression"] | None = None
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    accumulation: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(None, gt=0.0)
+    weight_decay: float | None = Field(None, ge=0.0)
+    layers: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    dropout: float | None = Field(None, ge=0.0, lt=1.0)
+    balance: Balance = Balance()
+    guard: bool = True
+    max_tokens: int = Field(512, ge=1)
+
+
+class Protocol(Options):
+    """Which losses decide. `route_on` is the protocol whose verdict comes first; both are always reported."""
+
+    route_on: Literal["whole", "prefix"] = "prefix"
+    prefix: int = Field(64, ge=1)
+
+
+class Recipe(Options):
+    """Everything about a mixture. See the class of each section for its options."""
+
+    base: str
+    task: Literal["language", "image-classification"] = "language"
+    data: Data
+    experts: tuple[Expert, ...] = Field(min_length=1)
+    router: Router = Router()
+    protocol: Protocol = Protocol()
+    runtime: Literal["reference"] = "reference"
+    seed: int = Field(0, ge=0)
+    bootstrap_samples: int = Field(2000, ge=100)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [expert.name for expert in self.experts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"expert names must differ, and {', '.join(twice)} stands twice")
+        if self.task == "language" and self.protocol.prefix >= self.data.window:
+            raise ValueError(
+                f"protocol.prefix ({self.protocol.prefix}) must be shorter than data.window ({self.data.window})"
+            )
+        return self
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits that name this recipe; defaults count, comments and key order do not."""
+        return canonical_hash(self.model_dump(mode="json"))
+
+
+def parse_recipe(content: object, origin: str = "recipe") -> Recipe:
+    """Build a recipe from the mapping a YAML file holds.
+
+    Raises RecipeError: one line per problem, with the closest known key where a key is unknown.
+    """
+    if not isinstance(content, dict):
+        raise RecipeError(f"{origin}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = error.errors()
+        unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+        raise RecipeError("; ".join(_explain(origin, problem) for problem in unknown or problems)) from None
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read a recipe file. Raises RecipeError when it is missing, not YAML, or not a recipe."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return parse_recipe(content, str(path))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, without the options left at their defaults."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def _explain(origin: str, problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location) or "top level"
+    if problem["type"] == "extra_forbidden":
+        known = _keys_beside(location)
+        return f"{origin}: unknown key {where!r}; {did_you_mean(location[-1], known)}"
+    if problem["type"] == "missing":
+        return f"{origin}: {where!r} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{origin}: {where}: {message}"
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    """The keys that the section holding `location`'s last part knows."""
+    section: Any = Recipe
+    for part in location[:-1]:
+        if part.isdigit() or not hasattr(section, "model_fields"):
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The options class inside an annotation such as `tuple[Expert, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Options):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_of(inner)
+        if found is not None:
+            return found
+    return None

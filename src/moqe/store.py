@@ -1,0 +1,149 @@
+"""Files: digests, atomic writes, hard links, the lock of a build folder, room on the disk.
+
+A file that exists under its final name is whole. Everything is written to `<name>.partial` in the same folder, flushed
+to the disk and renamed, so a killed process leaves nothing that a later one could take for finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moqe.errors import CheckpointError, DiskFull, FolderBusy
+
+PARTIAL = ".partial"
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 of some bytes, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def canonical_hash(value: Any) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    return digest_bytes(canonical_json(value).encode())[:16]
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the block ends well, remove it otherwise.
+
+    Raises DiskFull when the file system runs out of room.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no room left while writing {path}: free some space and run the same command") from error
+        raise
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if "No space left on device" in str(error):  # safetensors and pyarrow wrap the system's error in their own
+            raise DiskFull(f"no room left while writing {path}: free some space and run the same command") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: two-space indent, sorted keys, newline at the end."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises CheckpointError when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): delete it and build again") from error
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source` (hard link), or a copy where the file system has no hard links."""
+    if target.exists() and target.samefile(source):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + PARTIAL)
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        with atomic(target) as copy:
+            shutil.copyfile(source, copy)
+        return
+    partial.replace(target)
+
+
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """Raise DiskFull unless the file system of `folder` has `needed_bytes` free."""
+    probe = folder
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < needed_bytes:
+        raise DiskFull(
+            f"{folder} needs about {needed_bytes / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB free: "
+            "free some space or choose another folder"
+        )
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of all files under `folder`, a file with several hard links counted once."""
+    seen: dict[tuple[int, int], int] = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            status = path.stat()
+            seen[(status.st_dev, status.st_ino)] = status.st_size
+    return sum(seen.values())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the build lock of `folder`; the system releases it when the process ends, however it ends.
+
+    Raises FolderBusy when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderBusy(f"another process is building in {folder}: wait or choose another folder") from error
+        yield
+    finally:
+        os.close(handle)
