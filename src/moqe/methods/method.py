@@ -41,8 +41,8 @@ class Method(Protocol):
     ) -> Tensor | None:
         """The scale s, float32 (in,), that makes a group of linears easier to quantize as W * s on inputs x / s.
 
-        weights: the linears that share the input, each float32 (out, in). reduce: maps any positive scale to the nearest
-        one that can be folded into what produces x (the identity unless heads share channels); the result has been
+        weights: the linears that share the input, each float32 (out, in). reduce: maps any positive scale to the
+        nearest one that can be folded into what produces x (the identity unless heads share channels); the result has been
         through it. notes: filled in with what the certificate should say. None where the method changes nothing.
         """
 
@@ -57,7 +57,7 @@ class Method(Protocol):
     ) -> Quantized:
         """Quantize a weight, float32 (out, in), whose input has these statistics.
 
-        scale_dtype: the type integer schemes store their scales in (ggml's blocks have their own). notes: filled in with
-        what the certificate should say, such as the damping that was needed.
+        scale_dtype: the type integer schemes store their scales in (ggml's blocks have their own). notes: filled in
+        with what the certificate should say, such as the damping that was needed.
         Raises UnsupportedLayer where the shape does not fit the scheme, NumericalError where numbers are not finite.
         """
