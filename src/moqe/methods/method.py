@@ -42,8 +42,8 @@ class Method(Protocol):
         """The scale s, float32 (in,), that makes a group of linears easier to quantize as W * s on inputs x / s.
 
         weights: the linears that share the input, each float32 (out, in). reduce: maps any positive scale to the
-        nearest one that can be folded into what produces x (the identity unless heads share channels); the result has been
-        through it. notes: filled in with what the certificate should say. None where the method changes nothing.
+        nearest one that can be folded into what produces x (the identity unless heads share channels); the result has
+        been through it. notes: filled in with what the certificate should say. None where the method changes nothing.
         """
 
     def quantize(
