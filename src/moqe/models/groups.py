@@ -1,34 +1,16 @@
-"""Which linears of a decoder block share an input, and which earlier tensor can absorb a scale of that input.
+"""Linears of a decoder block that share an input, and the earlier tensor that can absorb a scale of that input.
 
-Nothing here knows an architecture. The block is run, and what it does says how it is built:
-
-- Linears whose forward receives the very same tensor form a group. They share calibration statistics.
-- A norm whose output is that tensor, or an earlier linear, is a *candidate* source of the group. Its rows are scaled
-  by factors that are all different; the factor seen at an input channel names the row that feeds it. So the channels
-  of `up_proj` are found to reach `down_proj` through the elementwise product, and those of `v_proj` to reach `o_proj`
-  through attention with its heads repeated for grouped queries.
-- A candidate becomes the source only when folding a random scale leaves the block's output unchanged to 1e-4. A norm
-  that multiplies by `1 + weight` (Gemma), a norm that feeds the residual as well, an up projection under a
-  nonlinearity: all fail that check and the group then has no source.
-
-Cost: a dozen runs of the block on a few tokens.
+AWQ and SmoothQuant multiply the columns of linears by a scale and divide whatever makes their input by it; in full
+precision the block computes the same. `moqe.models.discovery` finds the groups of a block by running it.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-
-from moqe.errors import ModelError
-
-TOLERANCE = 1e-4  # relative change of the block's output that a fold may cause: float32 rounding stays far below
-PROBE_SEED = 20240229
 
 Kind = Literal["norm", "linear", "value", "none"]
 
@@ -69,9 +51,10 @@ def reduce_scale(group: LinearGroup, scale: Tensor) -> Tensor:
 
 
 def fold(block: nn.Module, group: LinearGroup, scale: Tensor) -> None:
-    """Multiply the group's columns by `scale` and divide its source's rows by it, in place: the block computes the same.
+    """Multiply the group's columns by `scale` and divide its source's rows by it, in place.
 
-    scale: (in,), positive, and equal over repeated heads (see `reduce_scale`). The source's bias is divided too.
+    scale: (in,), positive, and equal over repeated heads (see `reduce_scale`). The source's bias is divided too, and
+    the block's full-precision output stays the same.
     Raises ValueError for a group without a source or a scale that cannot be folded.
     """
     if group.source is None:
@@ -80,10 +63,10 @@ def fold(block: nn.Module, group: LinearGroup, scale: Tensor) -> None:
         raise ValueError(f"group {group.key}: channels fed by one row need one scale; use reduce_scale first")
     with torch.no_grad():
         for name in group.names:
-            weight = _weight(block.get_submodule(name))  # (out, in)
+            weight = weight_of(block.get_submodule(name))  # (out, in)
             weight.mul_(scale.to(weight.dtype))
         source = block.get_submodule(group.source)
-        divisor = torch.ones(_weight(source).shape[0], dtype=scale.dtype, device=scale.device)  # (rows,)
+        divisor = torch.ones(weight_of(source).shape[0], dtype=scale.dtype, device=scale.device)  # (rows,)
         if group.rows:
             divisor[torch.tensor(group.rows, device=scale.device)] = scale
         else:
@@ -101,227 +84,8 @@ def changed_tensors(block: nn.Module, group: LinearGroup) -> tuple[str, ...]:
     return tuple(names)
 
 
-def find_groups(
-    block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], name: str = "block"
-) -> tuple[LinearGroup, ...]:
-    """Every group of a block's linears, in the order in which they run, with its checked source.
-
-    hidden: (batch, tokens, hidden), at least two tokens; random values serve, and are immune to the huge activations
-    of real ones. kwargs: what the decoder passes to this block for that shape. `name` is used in errors.
-    The block's parameters are changed while candidates are checked and restored to the last bit.
-    Raises ModelError when a linear does not run exactly once.
-    """
-    if any(tensor.dtype != torch.float32 for tensor in block.parameters()):  # 1e-4 is below half precision's rounding
-        block, hidden, kwargs = copy.deepcopy(block).float(), hidden.float(), _as_float32(kwargs)
-    run = _Probe(block, hidden, kwargs)
-    calls = run.record()
-    linears = _check_linears(block, calls, name)
-    groups: list[LinearGroup] = []
-    for names, inputs in _sharing(linears):
-        group = LinearGroup(names)
-        for candidate in _candidates(group, inputs, calls, linears, run):
-            if _is_foldable(run, candidate):
-                group = candidate
-                break
-        groups.append(group)
-    return tuple(groups)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One forward of a submodule. Holding the tensors keeps their memory from being reused by others."""
-
-    name: str
-    module: nn.Module
-    inputs: Tensor
-    output: Tensor
-
-
-class _Probe:
-    """A block with one fixed input, to be run with its submodules observed or their outputs changed."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
-        self.block, self.hidden, self.kwargs = block, hidden, kwargs
-        self.generator = torch.Generator().manual_seed(PROBE_SEED)
-
-    def residual(self) -> Tensor:
-        """What the block adds to its input: errors show here even where the input dwarfs them."""
-        with torch.no_grad():
-            output = self.block(self.hidden, **self.kwargs)
-        return (output[0] if isinstance(output, tuple) else output) - self.hidden
-
-    def record(self) -> list[_Call]:
-        """Every call of a linear or a norm during one run, in order."""
-        calls: list[_Call] = []
-
-        def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                    calls.append(_Call(name, module, args[0], output))
-
-            return hook
-
-        with _hooked(
-            module.register_forward_hook(remember(name))
-            for name, module in self.block.named_modules()
-            if isinstance(module, nn.Linear) or _is_norm(module)
-        ):
-            self.residual()
-        return calls
-
-    def seen_by(self, reader: str, source: str, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The input of linear `reader` when the output of module `source` passes through `change`."""
-        seen: list[Tensor] = []
-        with _hooked(
-            (
-                self.block.get_submodule(source).register_forward_hook(lambda _m, _a, output: change(output)),
-                self.block.get_submodule(reader).register_forward_pre_hook(lambda _m, args: seen.append(args[0])),
-            )
-        ):
-            self.residual()
-        return seen[0]
-
-
-def _candidates(
-    group: LinearGroup, inputs: Tensor, calls: Sequence[_Call], linears: Sequence[_Call], run: _Probe
-) -> Iterator[LinearGroup]:
-    """Sources worth a check: the norm that made the input, else earlier linears whose channels reach it one by one."""
-    norms = [call for call in calls if _is_norm(call.module) and _same_tensor(call.output, inputs)]
-    for call in norms:
-        yield LinearGroup(group.names, call.name, "norm")
-    if norms:
-        return
-    first = next(index for index, call in enumerate(linears) if call.name == group.key)
-    for call in reversed(linears[:first]):
-        rows = _rows_reaching(run, group.key, call, inputs)
-        if rows is not None:
-            kind: Kind = "value" if _mixes_tokens(run, group.key, call.name, inputs) else "linear"
-            identity = tuple(range(_weight(call.module).shape[0]))
-            yield LinearGroup(group.names, call.name, kind, () if rows == identity else rows)
-
-
-def _rows_reaching(run: _Probe, reader: str, source: _Call, inputs: Tensor) -> tuple[int, ...] | None:
-    """For every channel of the reader's input the one source row that it is proportional to, or None if any has none.
-
-    Row r is scaled by 4^(r / rows); the factor at a channel, read where the channel is largest, gives r.
-    """
-    rows = source.output.shape[-1]
-    step = torch.log(torch.tensor(4.0)) / rows
-    factors = (torch.arange(rows, device=inputs.device) * step.to(inputs.device)).exp()
-    before = inputs.reshape(-1, inputs.shape[-1])  # (tokens, in)
-    after = run.seen_by(reader, source.name, lambda output: output * factors).reshape(before.shape)
-    largest = before.abs().argmax(0, keepdim=True)  # (1, in)
-    ratio = (after.gather(0, largest) / before.gather(0, largest))[0]
-    if not (ratio > 0).all():  # also false for nan, where a channel is zero at every token
-        return None
-    found = (ratio.log() / step.to(ratio.device)).round().long()
-    if int(found.min()) < 0 or int(found.max()) >= rows:
-        return None
-    if _distance(after, before * factors[found]) > TOLERANCE:
-        return None
-    return tuple(found.tolist())
-
-
-def _mixes_tokens(run: _Probe, reader: str, source: str, inputs: Tensor) -> bool:
-    """Whether the source's first token reaches the reader's last one, as it does through attention."""
-
-    def double_first(output: Tensor) -> Tensor:
-        output = output.clone()
-        output.view(-1, *output.shape[-2:])[:, 0] *= 2
-        return output
-
-    return not torch.equal(run.seen_by(reader, source, double_first)[..., -1, :], inputs[..., -1, :])
-
-
-def _is_foldable(run: _Probe, group: LinearGroup) -> bool:
-    """Whether folding a random scale leaves the block's output unchanged."""
-    columns = _weight(run.block.get_submodule(group.key)).shape[1]
-    exponents = torch.rand(columns, generator=run.generator) * 2 - 1
-    scale = reduce_scale(group, exponents.exp().to(run.hidden.device))
-    before = run.residual()
-    saved = {name: run.block.get_parameter(name).detach().clone() for name in changed_tensors(run.block, group)}
-    try:
-        fold(run.block, group, scale)
-        after = run.residual()
-    finally:
-        with torch.no_grad():
-            for name, tensor in saved.items():
-                run.block.get_parameter(name).copy_(tensor)
-    return _distance(after, before) <= TOLERANCE
-
-
-def _check_linears(block: nn.Module, calls: Sequence[_Call], name: str) -> list[_Call]:
-    """The calls of linears, after making sure that every linear ran once."""
-    linears = [call for call in calls if isinstance(call.module, nn.Linear)]
-    ran = [call.name for call in linears]
-    for linear, module in block.named_modules():
-        if isinstance(module, nn.Linear) and ran.count(linear) != 1:
-            raise ModelError(
-                f"linear {linear} of {name} runs {ran.count(linear)} times for one input: "
-                "MoQE calibrates dense decoders, whose linears each run once; choose another base model"
-            )
-    return linears
-
-
-def _sharing(linears: Sequence[_Call]) -> list[tuple[tuple[str, ...], Tensor]]:
-    """Linears grouped by the tensor they receive, in order of first use."""
-    groups: list[tuple[list[str], Tensor]] = []
-    for call in linears:
-        for names, inputs in groups:
-            if _same_tensor(call.inputs, inputs):
-                names.append(call.name)
-                break
-        else:
-            groups.append(([call.name], call.inputs))
-    return [(tuple(names), inputs) for names, inputs in groups]
-
-
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same memory read the same way, and not written to in between."""
-    return a is b or (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a._version == b._version
-        and a.dtype == b.dtype
-    )
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module looks like a normalisation: a leaf with a weight vector."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 1 and not list(module.children())
-
-
-def _weight(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
+    """The `weight` of a linear, (out, in), or of a norm, (channels,)."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative Frobenius distance of `a` to `b`; infinite where it is not a number."""
-    distance = float((a - b).norm() / b.norm().clamp(min=1e-30))
-    return distance if distance == distance else float("inf")
-
-
-def _as_float32(value: Any) -> Any:
-    """Floating point tensors inside nested kwargs as float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _as_float32(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_as_float32(item) for item in value)
-    return value
-
-
-@contextmanager
-def _hooked(handles: Any) -> Iterator[None]:
-    """Remove hooks when the block ends."""
-    handles = list(handles)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
