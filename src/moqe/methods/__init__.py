@@ -1,1 +1,1 @@
-"""TODO"""
+"""Quantization methods: closed-form functions of a weight and the statistics of its input."""
