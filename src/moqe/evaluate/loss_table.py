@@ -5,7 +5,7 @@ On disk one parquet file in long form, one row per sample, expert and protocol; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,3 +43,12 @@ class LossTable:
     def mean(self) -> Floats:
         """Nats per token of every sample and expert, (n, experts): what routers are trained on."""
         return self.loss / self.count[:, None]
+
+    def chosen(self, choice: NDArray[np.int64]) -> Floats:
+        """Summed nats of every sample when sample i goes to expert `choice[i]`, (n,)."""
+        return self.loss[np.arange(len(self)), choice]
+
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> LossTable:
+        """The table of some samples only, by mask or by position."""
+        per_sample = ("loss", "base", "halves", "count", "count_halves", "text_bytes", "sample", "document", "domain")
+        return replace(self, **{name: getattr(self, name)[rows] for name in per_sample})
