@@ -1,1 +1,1 @@
-"""TODO"""
+"""Running an expert: `runtime` is the seam, one file an engine."""
