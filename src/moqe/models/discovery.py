@@ -155,14 +155,14 @@ def _rows_reaching(run: _Probe, reader: str, source: _Call, inputs: Tensor) -> t
 
 
 def _mixes_tokens(run: _Probe, reader: str, source: str, inputs: Tensor) -> bool:
-    """Whether the source's first token reaches the reader's last one, as it does through attention."""
+    """Whether the source's last but one token reaches the reader's last one, as it does through any attention."""
 
-    def double_first(output: Tensor) -> Tensor:
+    def double_neighbour(output: Tensor) -> Tensor:
         output = output.clone()
-        output.view(-1, *output.shape[-2:])[:, 0] *= 2
+        output[..., -2, :] *= 2
         return output
 
-    return not torch.equal(run.seen_by(reader, source, double_first)[..., -1, :], inputs[..., -1, :])
+    return not torch.equal(run.seen_by(reader, source, double_neighbour)[..., -1, :], inputs[..., -1, :])
 
 
 def _is_foldable(run: _Probe, group: LinearGroup) -> bool:

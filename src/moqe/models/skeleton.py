@@ -1,0 +1,132 @@
+"""A decoder without its weights: modules in place, parameters on the meta device, and its blocks swapped for recorders.
+
+A model's own forward does everything around the blocks (embedding, positions, masks per layer, final norm, head). So
+instead of imitating it, MoQE runs it with each block replaced by a recorder that notes what the block would have been
+given and passes the hidden states through. No tracing is involved.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from moqe.errors import ModelError
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The causal LM that a folder's config describes: parameters on the meta device, computed buffers real.
+
+    Raises ModelError when transformers knows no causal LM for the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with _ParametersOnMeta():
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"{folder} is not a causal language model that this transformers can build "
+            f"({reason[0] if reason else type(error).__name__}): check model_type in its config.json"
+        ) from error
+    for module in model.modules():
+        release(module, recurse=False)
+    return model.eval()
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its name: the one ModuleList as long as the config says, holding linears.
+
+    Raises ModelError when there is none, or more than one.
+    """
+    config: Any = model.config
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == getattr(config, "num_hidden_layers", None)
+        and all(any(isinstance(inner, nn.Linear) for inner in block.modules()) for block in module)
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__} has {len(found)} lists of num_hidden_layers blocks with linears, one is needed: "
+            "MoQE walks decoders such as Llama, Qwen2, Qwen3 and Mistral; choose one of these families as base"
+        )
+    return found[0]
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` in the place of the parameter or buffer `name`, relative to `module`."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def release(module: nn.Module, recurse: bool = True) -> None:
+    """Move a module's parameters to the meta device: their memory is free once nobody else holds it."""
+    for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
+        if not parameter.is_meta:
+            assign(module, name, torch.empty_like(parameter, device="meta"))
+
+
+class Recorder(nn.Module):
+    """Stands in for a block: notes its arguments, hands the hidden states on, and has the block's attributes."""
+
+    def __init__(self, block: nn.Module, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self._block = (block,)  # in a tuple, so that the block does not become a submodule
+        self._answer = answer
+        self.hidden: Tensor | None = None
+        self.kwargs: Mapping[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Note everything, run nothing."""
+        names = list(inspect.signature(self._block[0].forward).parameters)[1:]
+        self.hidden, self.kwargs = hidden, {**dict(zip(names, args, strict=False)), **kwargs}
+        return self._answer(hidden)
+
+
+@contextmanager
+def recorders(blocks: nn.ModuleList, answers: Sequence[Callable[[Tensor], Any]]) -> Iterator[list[Recorder]]:
+    """Swap a list's blocks for recorders inside the context; recorder k returns `answers[k](hidden)`."""
+    originals = list(blocks)
+    swapped = [Recorder(block, answer) for block, answer in zip(originals, answers, strict=True)]
+    try:
+        for index, recorder in enumerate(swapped):
+            blocks[index] = recorder
+        yield swapped
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Uninitialised tensors, which is what large parameters are made from, go to the meta device.
+
+    `torch.device("meta")` would also swallow computed buffers such as rotary frequencies, which no file holds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty:
+            options["device"] = "meta"
+        return func(*args, **options)
