@@ -1,0 +1,146 @@
+"""Documents become windows of tokens: packed, never padded.
+
+Short documents of one domain are laid end to end, an end-of-text token between them, until they fill at least one
+window; such a *pack* consists of whole documents and is the unit that is resampled. A document that fills a window by
+itself is a pack of its own. Each pack is cut into windows and its tail is dropped.
+
+Where the tokenizer's own encoding puts a beginning-of-text token in front, every window begins with exactly that one
+and holds `window - 1` tokens of text. Special tokens that a document spells out are encoded as ordinary text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moqe.data.documents import Document
+from moqe.data.samples import TextSamples
+from moqe.errors import DataError
+from moqe.store import canonical_hash
+
+log = logging.getLogger("moqe")
+
+_ENCODED_TOGETHER = 256  # documents handed to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Whole documents of one domain, end to end: ids of the text only, at least one window of them."""
+
+    documents: tuple[str, ...]
+    domain: str
+    ids: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The digest of the document, or of the list of digests where there are several."""
+        return self.documents[0] if len(self.documents) == 1 else canonical_hash(self.documents)
+
+
+def pack_windows(
+    documents: Sequence[Document], tokenizer: Any, window: int, max_samples: int | None = None, seed: int = 0
+) -> TextSamples:
+    """Cut documents into windows of `window` tokens, (n, window).
+
+    Domains come in the order of their first document. With `max_samples` the windows are spread evenly over domains
+    and, inside a domain, over packs; which ones is drawn with `seed`, their order stays. Raises DataError when the
+    documents of a domain do not fill a window.
+    """
+    begin = begin_token(tokenizer)
+    body = window - len(begin)
+    eos = tokenizer.eos_token_id
+    grouped: dict[str, list[tuple[str, list[int]]]] = {}
+    for document, ids in zip(documents, _encode(documents, tokenizer), strict=True):
+        grouped.setdefault(document.domain, []).append((document.digest, ids))
+    if not grouped:
+        raise DataError(f"there are no documents, and one window needs {body:,} tokens")
+
+    packs: list[Pack] = []
+    for domain, encoded in grouped.items():
+        found = list(_packs(encoded, domain, body, [] if eos is None else [eos]))
+        if not found:
+            raise DataError(
+                f"domain {domain!r} has {sum(len(ids) for _, ids in encoded):,} tokens in {len(encoded)} documents, and "
+                f"one window needs {body:,}: add documents or lower data.window"
+            )
+        packs += found
+
+    cuts = [(pack, start) for pack in packs for start in range(0, len(pack.ids) - body + 1, body)]
+    if max_samples is not None and max_samples < len(cuts):
+        cuts = [cuts[i] for i in _spread([(pack.domain, pack.name) for pack, _ in cuts], max_samples, seed)]
+    tokens = torch.tensor([[*begin, *pack.ids[start : start + body]] for pack, start in cuts], dtype=torch.int64)
+    return TextSamples(
+        tokens,
+        tuple(pack.name for pack, _ in cuts),
+        tuple(pack.domain for pack, _ in cuts),
+        text_bytes(tokens, tokenizer),
+    )
+
+
+def begin_token(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token if the tokenizer's own encoding adds it, else nothing."""
+    bos = tokenizer.bos_token_id
+    encoded = tokenizer("a")["input_ids"]
+    return [bos] if bos is not None and encoded and encoded[0] == bos else []
+
+
+def text_bytes(tokens: Tensor, tokenizer: Any) -> tuple[int, ...]:
+    """UTF-8 bytes of the text that each row of tokens, (n, t), decodes to; special tokens count nothing.
+
+    A character cut in two by a window's edge decodes to a replacement character, which counts three bytes.
+    """
+    texts = tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tuple(len(text.encode("utf-8")) for text in texts)
+
+
+def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[list[int]]:
+    for first in range(0, len(documents), _ENCODED_TOGETHER):
+        texts = [document.text for document in documents[first : first + _ENCODED_TOGETHER]]
+        yield from tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+
+def _packs(encoded: Sequence[tuple[str, list[int]]], domain: str, body: int, separator: list[int]) -> Iterator[Pack]:
+    """Group a domain's documents, (digest, ids), into packs of at least `body` tokens; what is left over is dropped."""
+    names: list[str] = []
+    gathered: list[int] = []
+    for name, ids in encoded:
+        if len(ids) >= body:
+            yield Pack((name,), domain, tuple(ids))
+            continue
+        if not ids:
+            continue
+        gathered += [*(separator if names else []), *ids]
+        names.append(name)
+        if len(gathered) >= body:
+            yield Pack(tuple(names), domain, tuple(gathered))
+            names, gathered = [], []
+    if gathered:
+        log.debug("domain %s: %d tokens in %d documents fill no window", domain, len(gathered), len(names))
+
+
+def _spread(units: Sequence[tuple[str, str]], wanted: int, seed: int) -> list[int]:
+    """Rows of `units`, (domain, pack), chosen evenly over domains, then over packs; sorted.
+
+    A domain or pack with fewer windows than its share gives the rest to the others.
+    """
+    generator = np.random.default_rng(seed)
+    by_domain: dict[str, dict[str, list[int]]] = {}
+    for row in generator.permutation(len(units)).tolist():
+        domain, pack = units[row]
+        by_domain.setdefault(domain, {}).setdefault(pack, []).append(row)
+    queues = {domain: _take_turns(list(packs.values())) for domain, packs in sorted(by_domain.items())}
+    return sorted(_take_turns(list(queues.values()))[:wanted])
+
+
+def _take_turns(queues: Sequence[Sequence[int]]) -> list[int]:
+    """One item of each queue in turn until all are empty."""
+    longest = max(map(len, queues))
+    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
