@@ -12,11 +12,11 @@ block; `finish` streams them together, one tensor in memory at a time. Same tens
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -27,9 +27,10 @@ from moqe.formats.gguf_container import Container, TensorRecord, Value, boolean,
 from moqe.formats.gguf_names import ROPE_FACTORS, to_gguf
 from moqe.formats.gguf_split import FIRST_FILE, SECOND_FILE, SHARED_KEY, split_metadata
 from moqe.formats.gguf_tokenizer import tokenizer_metadata
+from moqe.models.weights import CheckpointWeights
 from moqe.quantized import BlockTensor, IntegerTensor, Quantized
 from moqe.schemes import Scheme
-from moqe.store import link, read_json
+from moqe.store import link
 
 _FLOAT_TYPES: dict[torch.dtype, str] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -49,7 +50,7 @@ class GgufWriter:
         self._config = AutoConfig.from_pretrained(base)
         self._rows = row_order(self._config)
         self._metadata = architecture_metadata(self._config, scheme) | tokenizer_metadata(base, self._config.vocab_size)
-        self._base = _BaseParameters(base)
+        self._base = CheckpointWeights(base)
 
     def has(self, block: int) -> bool:
         """Whether block `block` is already on disk, whole."""
@@ -62,7 +63,7 @@ class GgufWriter:
         ModelError when a parameter of the block is missing or has no name in GGUF, CheckpointError when one holds
         integer codes that are no block type's.
         """
-        missing = set(self._base.block_names(block)) - set(tensors)
+        missing = set(self._block_names(block)) - set(tensors)
         if missing:
             raise ModelError(f"block {block} lacks {', '.join(sorted(missing))}: every parameter must be written")
         stored = [self._stored(name, tensors[name]) for name in sorted(tensors)]
@@ -91,71 +92,62 @@ class GgufWriter:
         if isinstance(value, BlockTensor):
             shape, kind, data = value.codes.shape, value.scheme.block, pack(value).cpu()
         else:
-            dtype = self._base.dtype if value.dim() > 1 else torch.float32
+            dtype = self._float_type(value.shape)
             shape, kind, data = value.shape, _FLOAT_TYPES[dtype], _rows(value.to("cpu", dtype))
         order = self._rows.gguf_rows(name, shape[0])
         return TensorRecord(to_gguf(name), tuple(shape), kind, data.numel()), data if order is None else data[order]
+
+    @cached_property
+    def _outer(self) -> dict[str, tuple[int, ...]]:
+        """The base model's tensors around the blocks and their shapes."""
+        matrix = (self._config.vocab_size, self._config.hidden_size)
+        outer = {"model.embed_tokens.weight": matrix, "model.norm.weight": matrix[1:]}
+        return outer if self._config.tie_word_embeddings else outer | {"lm_head.weight": matrix}
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """The base model's precision: that of its embeddings."""
+        name = "model.embed_tokens.weight"
+        return self._base.load(name, self._outer[name]).dtype
+
+    def _block_names(self, block: int) -> list[str]:
+        # Old Llama checkpoints store the rotary frequencies too, which are no parameters.
+        prefix = f"model.layers.{block}."
+        return [name for name in self._base.names() if name.startswith(prefix) and not name.endswith(".inv_freq")]
 
     def _write_shared(self) -> None:
         path = self._shared / SECOND_FILE
         if path.exists():
             return
-        around = {to_gguf(name): name for name in self._outer_names()}
-        records = [self._float_record(name, self._base.shape(base_name)) for name, base_name in around.items()]
+        names = {to_gguf(name): name for name in self._outer}
+        shapes = {to_gguf(name): shape for name, shape in self._outer.items()}
         factors = rope_factors(self._config)
         if factors is not None:
-            records.append(self._float_record(ROPE_FACTORS, tuple(factors.shape)))
+            shapes[ROPE_FACTORS] = tuple(factors.shape)
 
         def load(record: TensorRecord) -> Tensor:
-            value = (
-                factors if factors is not None and record.name == ROPE_FACTORS else self._base.load(around[record.name])
-            )
-            return _rows(value.to(self._base.dtype if value.dim() > 1 else torch.float32))
+            if factors is not None and record.name == ROPE_FACTORS:
+                return _rows(factors)
+            return _rows(self._base.load(names[record.name], record.shape).to(self._float_type(record.shape)))
 
+        types = {name: self._float_type(shape) for name, shape in shapes.items()}
+        records = [
+            TensorRecord(name, shape, _FLOAT_TYPES[types[name]], prod(shape) * types[name].itemsize)
+            for name, shape in shapes.items()
+        ]
         metadata = {"general.architecture": self._metadata["general.architecture"], SHARED_KEY: boolean(True)}
         write_container(path, metadata | self._split(1), records, load)
 
-    def _float_record(self, name: str, shape: tuple[int, ...]) -> TensorRecord:
-        dtype = self._base.dtype if len(shape) > 1 else torch.float32
-        return TensorRecord(name, shape, _FLOAT_TYPES[dtype], torch.Size(shape).numel() * dtype.itemsize)
-
-    def _outer_names(self) -> list[str]:
-        tied = {"lm_head.weight"} if self._config.tie_word_embeddings else set()
-        return [name for name in self._base.outer_names() if name not in tied]
+    def _float_type(self, shape: tuple[int, ...]) -> torch.dtype:
+        """What llama.cpp expects of tensors that are not quantized: vectors in float32."""
+        return self._dtype if len(shape) > 1 else torch.float32
 
     def _split(self, number: int) -> dict[str, Value]:
-        inside = sum(len(self._base.block_names(block)) for block in range(self._blocks))
-        around = len(self._outer_names()) + (rope_factors(self._config) is not None)
+        inside = sum(len(self._block_names(block)) for block in range(self._blocks))
+        around = len(self._outer) + (rope_factors(self._config) is not None)
         return split_metadata(number, inside + around)
 
 
 def _rows(value: Tensor) -> Tensor:
     """A float tensor's bytes: uint8, (out, row bytes)."""
     return value.contiguous().view(value.shape[0], -1).view(torch.uint8)
-
-
-class _BaseParameters:
-    """Names, shapes and values of the base model's parameters, read from its safetensors files one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        files = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        self._files: dict[str, Any] = {}
-        for path in sorted(folder / file for file in files):
-            handle: Any = safe_open(path, framework="pt")
-            names = [name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
-            self._files |= dict.fromkeys(names, handle)
-        self.dtype = self.load("model.embed_tokens.weight").dtype
-
-    def outer_names(self) -> list[str]:
-        return sorted(name for name in self._files if ".layers." not in name)
-
-    def block_names(self, block: int) -> list[str]:
-        return sorted(name for name in self._files if name.startswith(f"model.layers.{block}."))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def load(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
