@@ -1,7 +1,7 @@
 """From the fields of a foreign file to a quantized tensor: unsigned codes, scales and zero points by group.
 
-Every integer format stores w = (code - zero) * scale with one scale and zero per group of input channels. They differ in
-how bits are packed, in their signs and orientation, and in whether a group's channels are neighbours.
+Every integer format stores w = (code - zero) * scale with one scale and zero per group of input channels. They differ
+in how bits are packed, in signs and orientation, and in whether a group's channels are neighbours.
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ class _Parts:
         self.body, self.head = model.base_model, model.get_output_embeddings()
         self.device = self.head.weight.device
         self.vocabulary = int(self.head.weight.shape[0])
-        probe = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        # Ids from the whole vocabulary: a padding id alone has a zero embedding and would show nothing.
+        probe = torch.arange(self.vocabulary, device=self.device)[:: max(1, self.vocabulary // 8)][None]
         with torch.no_grad():
             direct, split = model(input_ids=probe).logits, self.head(self.hidden(probe))
         # Some architectures scale or cap their logits after the head; leaving that out would be silently wrong.
