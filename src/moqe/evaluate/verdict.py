@@ -1,0 +1,180 @@
+"""The verdict: what was found, as data. `verdict.json` in a mixture's folder is exactly this; see docs/verdict.md.
+
+Terminal table, card and report are drawn from it and from nothing else that was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from moqe.errors import CheckpointError
+from moqe.evaluate.significance import Interval
+from moqe.store import read_json, write_text
+
+Kind = Literal["base", "expert", "mixture", "router", "no skill", "bound"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the main table: a way of choosing an expert per sample, and what it scores.
+
+    kind: what sort of row it is. value, low, high: the metric with its interval. perplexity, bits_per_byte: None where
+    the metric has none. cost: forward passes of a model per sample. difference: to the best single expert, None for
+    that expert itself.
+    """
+
+    kind: Kind
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    cost: float
+    difference: Interval | None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a router scores and where it sends the samples: `share` of samples per expert."""
+
+    value: float
+    low: float | None
+    high: float | None
+    share: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DomainRow:
+    """The result on the test samples of one domain. `best_single` is the whole test's, not the domain's own."""
+
+    domain: str
+    n_samples: int
+    n_documents: int
+    base: float
+    experts: dict[str, float]
+    best_single: float
+    mixture: float
+    oracle: float
+    difference: Interval
+    share: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean loss when a growing share of the samples leaves the best single expert.
+
+    share: from 0 to 1. predicted: samples leave for the router's choice, largest predicted gain first. random: the
+    same in random order (expected value). oracle: samples leave for the truly best expert, largest true gain first.
+    deployed_share, deployed_value: where the mixture stands, guard included.
+    """
+
+    share: list[float]
+    predicted: list[float]
+    random: list[float]
+    oracle: list[float]
+    deployed_share: float
+    deployed_value: float
+
+
+@dataclass(frozen=True)
+class ProtocolVerdict:
+    """Everything found under one protocol. Plain numbers are values of the metric.
+
+    best_single: the best expert on validation, which every difference refers to; best_single_on_test is for
+    information. random: samples sent to experts with equal probability. uniform: sent at random with the mixture's own
+    shares. constant: a router that knows only training losses. split_half_oracle: chosen on one half of a sample and
+    scored on the other, both ways. oracle_share, split_half_share: the part of the gap between best single and that
+    oracle which the mixture wins; None where the gap is not distinguishable from zero.
+    """
+
+    protocol: str
+    runtime: str
+    n_samples: int
+    n_documents: int
+    n_units: int
+    base: float
+    experts: dict[str, float]
+    best_single: str
+    best_single_on_test: str
+    mixture: Routed
+    difference: Interval
+    difference_to_base: Interval
+    oracle: float
+    split_half_oracle: float | None
+    random: float
+    uniform: float
+    constant: float | None
+    oracle_gap: Interval
+    oracle_share: Interval | None
+    split_half_gap: Interval | None
+    split_half_share: Interval | None
+    routers: dict[str, Routed]
+    lines: list[Line]
+    domains: list[DomainRow]
+    curve: Curve | None
+    cost: float
+    wins: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class ExpertSummary:
+    """What an expert is: bytes of its files as if it stood alone, and the share of parameters not done as asked."""
+
+    method: str
+    scheme: str
+    bytes_on_disk: int
+    substituted_share: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on a mixture.
+
+    recipe: the recipe's hash. metric: a key of METRICS. deployed: the protocol that the deployed router follows.
+    experts: facts by name. base_bytes, mixture_bytes: on disk, shared tensors counted once.
+    """
+
+    recipe: str
+    metric: str
+    deployed: str
+    protocols: dict[str, ProtocolVerdict]
+    experts: dict[str, ExpertSummary]
+    base_bytes: int
+    mixture_bytes: int
+    seed: int
+    bootstrap_samples: int
+    version: Literal[1] = 1
+
+    @property
+    def headline(self) -> ProtocolVerdict:
+        """The result under the deployed protocol, which is stated first."""
+        return self.protocols[self.deployed]
+
+    @property
+    def ordered(self) -> list[ProtocolVerdict]:
+        """All protocols, the deployed one first."""
+        return [self.headline, *(one for name, one in self.protocols.items() if name != self.deployed)]
+
+
+def write_verdict(path: Path, verdict: Verdict) -> None:
+    """Write `verdict.json`: experts in the recipe's order and no timestamps, so that equal verdicts are equal bytes."""
+    write_text(path, json.dumps(asdict(verdict), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_verdict(path: Path) -> Verdict:
+    """Read `verdict.json`. Raises CheckpointError when it is missing or does not follow the schema."""
+    try:
+        return TypeAdapter(Verdict).validate_json(json.dumps(read_json(path)), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{path} is not a verdict of this version ({where}: {first['msg']}): evaluate the mixture again"
+        ) from error
