@@ -130,9 +130,8 @@ def _documented(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
         name, node = pending.pop()
         if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
             yield name, text
-        for child in reversed(list(ast.iter_child_nodes(node))):
-            if isinstance(child, ast.stmt | ast.ExceptHandler):
-                pending.append((f"{name}.{child.name}" if isinstance(child, _NAMED) else name, child))
+        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler)]
+        pending += [(f"{name}.{child.name}" if isinstance(child, _NAMED) else name, child) for child in inner[::-1]]
 
 
 def _without_docstrings(source: str) -> str:

@@ -65,21 +65,22 @@ def pack_windows(
     for domain, encoded in grouped.items():
         found = list(_packs(encoded, domain, body, [] if eos is None else [eos]))
         if not found:
+            tokens = sum(len(ids) for _, ids in encoded)
             raise DataError(
-                f"domain {domain!r} has {sum(len(ids) for _, ids in encoded):,} tokens in {len(encoded)} documents, and "
-                f"one window needs {body:,}: add documents or lower data.window"
+                f"domain {domain!r} has {tokens:,} tokens in {len(encoded)} documents, and one window needs {body:,}: "
+                "add documents or lower data.window"
             )
         packs += found
 
     cuts = [(pack, start) for pack in packs for start in range(0, len(pack.ids) - body + 1, body)]
     if max_samples is not None and max_samples < len(cuts):
         cuts = [cuts[i] for i in _spread([(pack.domain, pack.name) for pack, _ in cuts], max_samples, seed)]
-    tokens = torch.tensor([[*begin, *pack.ids[start : start + body]] for pack, start in cuts], dtype=torch.int64)
+    windows = torch.tensor([[*begin, *pack.ids[start : start + body]] for pack, start in cuts], dtype=torch.int64)
     return TextSamples(
-        tokens,
+        windows,
         tuple(pack.name for pack, _ in cuts),
         tuple(pack.domain for pack, _ in cuts),
-        text_bytes(tokens, tokenizer),
+        text_bytes(windows, tokenizer),
     )
 
 

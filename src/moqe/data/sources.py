@@ -1,0 +1,159 @@
+"""A recipe's source becomes documents.
+
+    bundled:<name>/<part>   text of the user's own Python, see `bundled.py`
+    file.txt, file.md       UTF-8 text, cut into documents at `separator`
+    file.jsonl              one JSON object a line; the text is in `column`
+    file.parquet            one row a document; the text is in `column`
+    folder                  every such file in it, by name; a hub data set on disk if it holds none of them
+    owner/name              a data set of the hugging face hub, through the extra `hub`
+
+A path that exists wins over the hub. Empty documents are left out before `skip_documents` and `max_documents` count.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moqe.data.bundled import PREFIX, bundled_documents
+from moqe.data.documents import Document
+from moqe.errors import DataError, MissingExtra, did_you_mean
+from moqe.recipe import Source
+
+# ` = Title = `, where ` = = Section = = ` is a section of the same article.
+_WIKITEXT_HEADING = re.compile(r"^ ?= [^=\n].*[^=\n] = ?$", re.MULTILINE)
+_BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
+
+
+def read_source(source: Source) -> list[Document]:
+    """The documents of a source in their order, labelled with its domain.
+
+    Raises DataError when the source is missing, empty, not UTF-8, malformed, or lacks the column; MissingExtra when it
+    needs the hub library.
+    """
+    last = None if source.max_documents is None else source.skip_documents + source.max_documents
+    if source.path.startswith(PREFIX):
+        found = bundled_documents(source.path, source.domain)
+    else:
+        texts = ((name, text) for name, text in _texts(source) if text.strip())
+        found = [Document(text, source.label, name) for name, text in islice(texts, last)]
+    if not found:
+        raise DataError(f"{source.path} holds no text: it is empty, or every document of it is")
+    chosen = found[source.skip_documents : last]
+    if not chosen:
+        raise DataError(
+            f"{source.path} has {len(found)} documents, and skip_documents leaves out {source.skip_documents}: lower it"
+        )
+    return chosen
+
+
+def _texts(source: Source) -> Iterator[tuple[str, str]]:
+    """(name, text) of every document, lazily."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise DataError(f"{path} is of an unknown kind: use {', '.join(sorted(READERS))}")
+        return _named(path, READERS[path.suffix](path, source))
+    if path.is_dir():
+        files = sorted(child for child in path.rglob("*") if child.suffix in READERS and child.is_file())
+        if files:
+            return (item for file in files for item in _named(file, READERS[file.suffix](file, source)))
+        return _from_hub(str(path), source)
+    if path.suffix in READERS or source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1:
+        raise DataError(f"{path} does not exist: a source is a file, a folder, a hub id or {PREFIX}<name>/<part>")
+    return _from_hub(source.path, source)
+
+
+def _named(path: Path, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    return ((f"{path}#{i}", text) for i, text in enumerate(texts))
+
+
+def _plain(path: Path, source: Source) -> Iterator[str]:
+    text = _decoded(path, path.read_bytes())
+    if source.separator == "blank":
+        yield from _BLANK_LINES.split(text)
+    elif source.separator == "wikitext":
+        starts = [match.start() for match in _WIKITEXT_HEADING.finditer(text)]
+        if not starts:
+            raise DataError(f"{path} has no headings of the form ' = Title = ': choose another separator")
+        edges = [0, *starts, len(text)] if text[: starts[0]].strip() else [*starts, len(text)]
+        yield from (text[first:last] for first, last in pairwise(edges))
+    else:
+        yield text
+
+
+def _json_lines(path: Path, source: Source) -> Iterator[str]:
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(_decoded(path, line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where} is not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{where} is not a JSON object")
+            if source.column not in row:
+                raise _no_column(where, source.column, row)
+            yield _text(row[source.column], where, source.column)
+
+
+def _parquet(path: Path, source: Source) -> Iterator[str]:
+    try:
+        with pq.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if source.column not in names:
+                raise _no_column(str(path), source.column, names)
+            batches = table.iter_batches(columns=[source.column])
+            for row, value in enumerate(value for batch in batches for value in batch.column(0).to_pylist()):
+                yield _text(value, f"{path}, row {row}", source.column)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}") from None
+
+
+def _from_hub(path: str, source: Source) -> Iterator[tuple[str, str]]:
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ModuleNotFoundError:
+        raise MissingExtra("datasets", "hub", f"{path!r} is not on this disk, and reading it from the hub") from None
+    try:
+        rows = datasets.load_dataset(path, source.subset or None, split=source.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"the data set {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if source.column not in rows.column_names:
+        raise _no_column(path, source.column, rows.column_names)
+    return ((f"{path}#{i}", _text(row[source.column], f"{path}, row {i}", source.column)) for i, row in enumerate(rows))
+
+
+def _text(value: object, where: str, column: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
+    return value
+
+
+def _no_column(where: str, column: str, known: Iterable[str]) -> DataError:
+    return DataError(f"{where} has no column {column!r}; {did_you_mean(column, known)}")
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from None
+
+
+READERS: dict[str, Callable[[Path, Source], Iterator[str]]] = {
+    ".txt": _plain,
+    ".md": _plain,
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+}
