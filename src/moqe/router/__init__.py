@@ -1,1 +1,29 @@
-"""TODO"""
+"""Routers: from what is known of a sample to the expert with the lowest predicted loss."""
+
+from moqe.router.examples import RoutingExamples
+from moqe.router.features import Features, TokenFeatures
+from moqe.router.guard import GuardDecision, GuardedRouter, guard
+from moqe.router.presets import FittedRouter, fit_baselines, fit_paper, fit_router, fit_tuned
+from moqe.router.router import Router, Unit, choose, realised_losses
+from moqe.router.saved import ROUTERS, load_router, save_router
+
+__all__ = [
+    "ROUTERS",
+    "Features",
+    "FittedRouter",
+    "GuardDecision",
+    "GuardedRouter",
+    "Router",
+    "RoutingExamples",
+    "TokenFeatures",
+    "Unit",
+    "choose",
+    "fit_baselines",
+    "fit_paper",
+    "fit_router",
+    "fit_tuned",
+    "guard",
+    "load_router",
+    "realised_losses",
+    "save_router",
+]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from moqe.errors import DataError
 
 
 class Features(Protocol):
@@ -43,8 +46,61 @@ class TokenFeatures:
     def pooled(self) -> Tensor:
         """Mean embedding of every sample: float32, (n, dimension)."""
         if self._pooled is None:
-            import torch
-
-            rows = torch.arange(len(self)).split(64)
+            rows = torch.split(torch.arange(len(self)), 64)
             self._pooled = torch.cat([self.batch(part).mean(1) for part in rows])
         return self._pooled
+
+
+class SelectedFeatures:
+    """The samples at `rows`, int64 (m,), of other features, as a view."""
+
+    def __init__(self, features: Features, rows: Tensor) -> None:
+        self.features, self.rows = features, rows
+        self.dimension = features.dimension
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """As in `Features`, with `rows` counted in the selection."""
+        return self.features.batch(self.rows[rows])
+
+    def pooled(self) -> Tensor:
+        """As in `Features`."""
+        return self.features.pooled()[self.rows]
+
+
+class JoinedFeatures:
+    """The samples of `first` followed by those of `second`, as a view; both must make vectors of one shape.
+
+    Raises DataError when the dimensions differ.
+    """
+
+    def __init__(self, first: Features, second: Features) -> None:
+        if first.dimension != second.dimension:
+            raise DataError(
+                f"features of dimension {first.dimension} and {second.dimension} cannot be joined: "
+                "make both from the same base model"
+            )
+        self.first, self.second = first, second
+        self.dimension = first.dimension
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """As in `Features`, with the rows of `second` counted after those of `first`."""
+        border = len(self.first)
+        in_first = rows < border
+        if bool(in_first.all()):
+            return self.first.batch(rows)
+        if not bool(in_first.any()):
+            return self.second.batch(rows - border)
+        parts = torch.cat([self.first.batch(rows[in_first]), self.second.batch(rows[~in_first] - border)])
+        # Positions in `rows` of the concatenated parts; its inverse puts them back into the order asked for.
+        positions = torch.cat([in_first.nonzero().flatten(), (~in_first).nonzero().flatten()])
+        return parts[positions.argsort().to(parts.device)]
+
+    def pooled(self) -> Tensor:
+        """As in `Features`."""
+        return torch.cat([self.first.pooled(), self.second.pooled()])

@@ -1,0 +1,114 @@
+"""The guard: leave the best single expert only where that has been seen to pay.
+
+A router that learnt noise still switches experts. Two questions are asked on examples the router was not fitted to:
+
+Margin: how large must a predicted gain be before a sample leaves the fallback? Candidates are zero and quantiles of the
+predicted gains. The best on these examples is partly luck, so the one-standard-error rule (Breiman et al. 1984)
+applies: the largest margin that is not worse than the best one by more than the standard error of their paired
+difference.
+Global: with that margin, is the mean gain over the fallback larger than its standard error, by document? If not, the
+router becomes the constant one.
+
+A predicted gain is a difference of costs in the router's own unit: the margin is in nats for routers that predict nats
+and in logits otherwise. The fallback is the expert with the lowest mean loss on validation, so a report that chooses
+its best single expert there too finds a difference of exactly zero when the guard falls back.
+Cost: none at prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moqe.router.baselines import Constant, fit_constant
+from moqe.router.examples import RoutingExamples
+from moqe.router.features import Features
+from moqe.router.router import Router, Unit
+from moqe.router.uncertainty import ClusteredMean, clustered_mean
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9)  # of the positive predicted gains; 0 stands for "any gain at all"
+
+
+@dataclass(frozen=True)
+class GuardDecision:
+    """What the guard saw and decided.
+
+    kept: whether the router stays. margin: in the router's unit. gain: mean loss of the fallback minus that of the
+    guarded router, nats per token, with its standard error by document. switched: share of samples sent elsewhere.
+    """
+
+    fallback: int
+    kept: bool
+    margin: float
+    gain: ClusteredMean
+    switched: float
+
+
+@dataclass(frozen=True)
+class GuardedRouter:
+    """A router whose choice counts only where its predicted gain over `fallback` is larger than `margin`."""
+
+    router: Router
+    fallback: int
+    margin: float
+
+    @property
+    def name(self) -> str:
+        """The inner router's."""
+        return self.router.name
+
+    @property
+    def unit(self) -> Unit:
+        """The inner router's."""
+        return self.router.unit
+
+    def predict(self, features: Features) -> Tensor:
+        """The inner router's costs, with that of the fallback lowered by the margin: what another expert must beat."""
+        costs = self.router.predict(features).clone()
+        lowered = costs[:, self.fallback] - self.margin
+        # One step further down, so that a gain of exactly the margin does not switch whatever the experts' order.
+        costs[:, self.fallback] = torch.nextafter(lowered, torch.full_like(lowered, -torch.inf))
+        return costs
+
+
+def decide(costs: Tensor, losses: Tensor, document: Sequence[str], fallback: int) -> GuardDecision:
+    """Choose the margin and whether to keep the router.
+
+    costs: predicted, (n, experts), by a router that was not fitted to these samples. losses: nats per token,
+    (n, experts). document: n ids.
+    """
+    costs, losses = costs.double().cpu(), losses.double().cpu()
+    lowest, chosen = costs.min(1)
+    predicted = costs[:, fallback] - lowest  # (n,), never negative
+    realised = losses[:, fallback] - losses.gather(1, chosen[:, None])[:, 0]
+    positive = predicted[predicted > 0]
+    if len(positive) == 0:
+        return GuardDecision(fallback, False, 0.0, clustered_mean(torch.zeros_like(realised), document), 0.0)
+
+    margins = [0.0, *(float(positive.quantile(share)) for share in QUANTILES[1:])]
+    gains = [torch.where(predicted > margin, realised, 0.0) for margin in margins]
+    best = max(gains, key=lambda gain: float(gain.mean()))
+    behind = [clustered_mean(best - gain, document) for gain in gains]
+    chosen_margin = max(i for i, lag in enumerate(behind) if lag.value <= lag.standard_error)
+    margin, mean = margins[chosen_margin], clustered_mean(gains[chosen_margin], document)
+    return GuardDecision(
+        fallback, mean.value > mean.standard_error, margin, mean, float((predicted > margin).double().mean())
+    )
+
+
+def apply_guard(router: Router, decision: GuardDecision, validation: RoutingExamples) -> GuardedRouter | Constant:
+    """The router that a decision leaves: guarded by the margin, or constant on validation's best single expert."""
+    if decision.kept:
+        return GuardedRouter(router, decision.fallback, decision.margin)
+    return fit_constant(validation)
+
+
+def guard(router: Router, validation: RoutingExamples) -> tuple[GuardedRouter | Constant, GuardDecision]:
+    """Decide on `validation`, which the router was not fitted to, and return what is left with the decision."""
+    decision = decide(
+        router.predict(validation.features), validation.losses, validation.document, validation.best_single
+    )
+    return apply_guard(router, decision, validation), decision

@@ -1,0 +1,278 @@
+"""The two ways to get a router from a recipe: the paper's, and what measures best.
+
+`paper`: the paper's network, objective, balance and optimizer (text: batch 8 x accumulation 6, Adam 5e-5 with cosine
+decay, weight decay 0.01). The number of epochs is not in the paper; 10 is what the authors' published training command
+uses. `tuned`: linear, knn and a small network with each of the three objectives are cross-validated by document over
+training and validation data; the best of those whose gain exceeds its standard error is refitted, else the
+router is constant. Values a recipe sets replace the preset's; under `tuned` they apply to the networks, and a set
+objective leaves only the network with that one.
+
+Compute is capped: without `router.epochs` in the recipe the number of epochs is lowered, with a warning, until training
+is estimated at no more than `MAX_MULTIPLICATIONS`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from moqe.recipe import Router as RouterOptions
+from moqe.router.baselines import Random, Uniform, fit_constant
+from moqe.router.examples import RoutingExamples
+from moqe.router.guard import GuardDecision, apply_guard, decide, guard
+from moqe.router.knn import Knn, fit_knn
+from moqe.router.linear import Linear, fit_linear
+from moqe.router.objectives import OBJECTIVES
+from moqe.router.router import Router
+from moqe.router.selection import Candidate, Fit, folds_by_document, judge, predict_unseen
+from moqe.router.text_network import RoutingNetwork, TextNetwork
+from moqe.router.training import Epoch, Progress, TrainingOptions, train_network
+
+logger = logging.getLogger("moqe")
+
+FOLDS = 4
+MAX_MULTIPLICATIONS = 3e13  # 3 x parameters x vectors x epochs: about five minutes on two cores
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network, built from the recipe's options, the features' dimension and the number of experts, and its training.
+
+    segment: features of one sample that the network averages into one vector, which is what it pays for.
+    """
+
+    network: Callable[[RouterOptions, int, int], RoutingNetwork]
+    training: TrainingOptions
+    segment: int = 1
+
+
+@dataclass(frozen=True)
+class FittedRouter:
+    """A router to deploy and how it came about.
+
+    router: with the guard, if the recipe wants one. unguarded: the same without. candidates: what was compared, on
+    unseen samples; for `paper` its one line on validation. history: the epochs of a network. guard: None without one.
+    """
+
+    router: Router
+    unguarded: Router
+    chosen: str
+    candidates: tuple[Candidate, ...]
+    history: tuple[Epoch, ...]
+    guard: GuardDecision | None
+
+
+def _paper_text(options: RouterOptions, dimension: int, experts: int) -> RoutingNetwork:
+    return TextNetwork(
+        dimension,
+        experts,
+        layers=2 if options.layers is None else options.layers,
+        heads=4 if options.heads is None else options.heads,
+        dropout=0.1 if options.dropout is None else options.dropout,
+        max_tokens=options.max_tokens,
+    )
+
+
+TUNED_SEGMENT = 8
+
+
+def _tuned_text(options: RouterOptions, dimension: int, experts: int) -> RoutingNetwork:
+    return TextNetwork(
+        dimension,
+        experts,
+        layers=1 if options.layers is None else options.layers,
+        heads=4 if options.heads is None else options.heads,
+        dropout=0.1 if options.dropout is None else options.dropout,
+        max_tokens=options.max_tokens,
+        width=64,
+        segment=TUNED_SEGMENT,
+    )
+
+
+PAPER: dict[str, Preset] = {
+    "text": Preset(
+        _paper_text,
+        TrainingOptions("cross_entropy", 10, 8, 6, 5e-5, 0.01, balance=None),
+    ),
+}
+TUNED: dict[str, Preset] = {
+    "text": Preset(
+        _tuned_text,
+        TrainingOptions("expected_loss", 8, 32, 1, 1e-3, 0.01, balance=None, patience=3),
+        segment=TUNED_SEGMENT,
+    ),
+}
+
+
+def fit_router(
+    options: RouterOptions,
+    train: RoutingExamples,
+    validation: RoutingExamples,
+    seed: int,
+    modality: str = "text",
+    progress: Progress | None = None,
+) -> FittedRouter:
+    """Fit the router a recipe asks for. `modality` is a key of PAPER and TUNED."""
+    fit = {"paper": fit_paper, "tuned": fit_tuned}[options.preset]
+    return fit(options, train, validation, seed, modality, progress)
+
+
+def fit_baselines(train: RoutingExamples, validation: RoutingExamples, seed: int) -> dict[str, Router]:
+    """The routers that every report shows beside the mixture, by name; none of them is guarded."""
+    return {
+        "constant": fit_constant(train),
+        "random": Random(train.experts, seed),
+        "uniform": Uniform(train.experts),
+        "linear": fit_linear(train, validation),
+        "knn": fit_knn(train, validation),
+    }
+
+
+def fit_paper(
+    options: RouterOptions,
+    train: RoutingExamples,
+    validation: RoutingExamples,
+    seed: int,
+    modality: str = "text",
+    progress: Progress | None = None,
+) -> FittedRouter:
+    """The paper's router; the epoch and the guard's decision come from `validation`.
+
+    Raises RecipeError for options that exclude each other, NumericalError when training diverges.
+    """
+    preset = PAPER[modality]
+    training = _training(preset, options, train)
+    if training.objective != "centred_regression" or "balance" in options.model_fields_set:
+        training = replace(training, balance=options.balance)
+    router, history = _fit_network(preset, options, training, train, validation, seed, "paper", progress)
+    seen = judge("paper", router.predict(validation.features), validation, validation.best_single)
+    if not options.guard:
+        return FittedRouter(router, router, "paper", (seen,), history, None)
+    guarded, decision = guard(router, validation)
+    return FittedRouter(guarded, router, "paper", (seen,), history, decision)
+
+
+def fit_tuned(
+    options: RouterOptions,
+    train: RoutingExamples,
+    validation: RoutingExamples,
+    seed: int,
+    modality: str = "text",
+    progress: Progress | None = None,
+) -> FittedRouter:
+    """The candidate that measures best on documents it has not seen, or the constant router.
+
+    The guard decides on the same predictions for unseen documents. Raises as `fit_paper` does, and DataError when there
+    are too few documents to cross-validate.
+    """
+    pool = train.join(validation)
+    fallback = validation.best_single
+    histories: dict[str, tuple[Epoch, ...]] = {}
+    fits = _candidates(TUNED[modality], options, pool, seed, histories)
+    fold = folds_by_document(pool.document, FOLDS, seed)
+
+    judged: list[Candidate] = []
+    unseen: dict[str, torch.Tensor] = {}
+    steps = _Steps(FOLDS * len(fits) + 1, progress)
+    for name, fit in fits.items():
+        unseen[name] = predict_unseen(fit, pool, fold, lambda name=name: steps.advance(f"router {name}"))  # type: ignore[misc]
+        judged.append(judge(name, unseen[name], pool, fallback))
+    winners = [candidate for candidate in judged if candidate.wins]
+    if not winners:
+        constant = fit_constant(validation)
+        steps.advance("router constant")
+        return FittedRouter(constant, constant, "constant", tuple(judged), (), None)
+
+    chosen = min(winners, key=lambda candidate: candidate.loss).name
+    router = fits[chosen](train, validation)
+    if isinstance(router, Linear | Knn):
+        router = router.refit(pool)
+    steps.advance(f"router {chosen}")
+    history = histories.get(chosen, ())
+    if not options.guard:
+        return FittedRouter(router, router, chosen, tuple(judged), history, None)
+    decision = decide(unseen[chosen], pool.losses, pool.document, fallback)
+    return FittedRouter(apply_guard(router, decision, validation), router, chosen, tuple(judged), history, decision)
+
+
+def _candidates(
+    preset: Preset,
+    options: RouterOptions,
+    examples: RoutingExamples,
+    seed: int,
+    histories: dict[str, tuple[Epoch, ...]],
+) -> dict[str, Fit]:
+    """What `tuned` compares, by name. Networks leave the history of their latest training in `histories`."""
+    base = _training(preset, options, examples)
+
+    def network(name: str, objective: str) -> Fit:
+        balanced = "balance" in options.model_fields_set and (
+            objective != "centred_regression" or options.objective == objective
+        )
+        training = replace(base, objective=objective, balance=options.balance if balanced else None)
+
+        def fit(train: RoutingExamples, validation: RoutingExamples) -> Router:
+            router, histories[name] = _fit_network(preset, options, training, train, validation, seed, name, None)
+            return router
+
+        return fit
+
+    if options.objective is not None:
+        name = f"network-{options.objective}"
+        return {name: network(name, options.objective)}
+    networks = {f"network-{objective}": network(f"network-{objective}", objective) for objective in OBJECTIVES}
+    return {"linear": fit_linear, "knn": fit_knn, **networks}
+
+
+def _fit_network(
+    preset: Preset,
+    options: RouterOptions,
+    training: TrainingOptions,
+    train: RoutingExamples,
+    validation: RoutingExamples,
+    seed: int,
+    name: str,
+    progress: Progress | None,
+) -> tuple[Router, tuple[Epoch, ...]]:
+    def make() -> RoutingNetwork:
+        return preset.network(options, train.features.dimension, train.experts)
+
+    return train_network(make, train, validation, training, seed, name, progress)
+
+
+def _training(preset: Preset, options: RouterOptions, examples: RoutingExamples) -> TrainingOptions:
+    """The preset's training with what the recipe sets, and epochs under the cap where the recipe sets none."""
+    names = ("objective", "epochs", "batch_size", "accumulation", "learning_rate", "weight_decay")
+    stated = {name: value for name in names if (value := getattr(options, name)) is not None}
+    training = replace(preset.training, **stated)
+    if options.epochs is not None:
+        return training
+    sample = examples.features.batch(torch.zeros(1, dtype=torch.int64))
+    vectors = 1 if sample.dim() == 2 else -(-min(sample.shape[1], options.max_tokens) // preset.segment)
+    with torch.random.fork_rng(devices=[]):
+        network = preset.network(options, examples.features.dimension, examples.experts)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    affordable = max(1, int(MAX_MULTIPLICATIONS / (3 * parameters * vectors * len(examples))))
+    if affordable < training.epochs:
+        logger.warning(
+            "router: %d epochs instead of %d, to bound its training on %d samples; set router.epochs to choose",
+            affordable,
+            training.epochs,
+            len(examples),
+        )
+    return replace(training, epochs=min(training.epochs, affordable))
+
+
+class _Steps:
+    """Counts finished fits for a progress bar."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def advance(self, what: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total, what)

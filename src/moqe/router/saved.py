@@ -1,0 +1,83 @@
+"""A router on disk: `router.json` says what it is, `router.safetensors` holds its numbers.
+
+No pickle, no embeddings (they are the base model's), and the same router gives the same bytes. The JSON file is written
+last and holds the digest of the other, so a pair that does not belong together is noticed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from moqe.errors import CheckpointError, MoqeError, did_you_mean
+from moqe.router.baselines import Constant, Random, Uniform
+from moqe.router.guard import GuardedRouter
+from moqe.router.knn import Knn
+from moqe.router.linear import Linear
+from moqe.router.network_router import NetworkRouter
+from moqe.router.router import Router, SavableRouter
+from moqe.store import atomic, digest_bytes, read_json, write_json
+
+FORMAT = 1
+DESCRIPTION, TENSORS = "router.json", "router.safetensors"
+
+
+ROUTERS: dict[str, type[SavableRouter]] = {
+    "constant": Constant,
+    "random": Random,
+    "uniform": Uniform,
+    "linear": Linear,
+    "knn": Knn,
+    "network": NetworkRouter,
+}
+
+
+def save_router(router: Router, folder: Path) -> None:
+    """Write a router into `folder`. Raises CheckpointError for a router of a class that ROUTERS does not list."""
+    inner = router.router if isinstance(router, GuardedRouter) else router
+    if not isinstance(inner, Constant | Random | Uniform | Linear | Knn | NetworkRouter):
+        raise CheckpointError(f"a router of class {type(inner).__name__} cannot be saved; known: {', '.join(ROUTERS)}")
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in inner.tensors().items()})
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": inner.kind,
+        "options": inner.options(),
+        "guard": None,
+        "tensors": digest_bytes(content),
+    }
+    if isinstance(router, GuardedRouter):
+        description["guard"] = {"fallback": router.fallback, "margin": router.margin}
+    with atomic(folder / TENSORS) as partial:
+        partial.write_bytes(content)
+    write_json(folder / DESCRIPTION, description)
+
+
+def load_router(folder: Path) -> Router:
+    """Read the router in `folder`, on the CPU.
+
+    Raises CheckpointError when files are missing, damaged, of two different routers, or of an unknown kind.
+    """
+    description = read_json(folder / DESCRIPTION)
+    try:
+        content = (folder / TENSORS).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder / TENSORS} does not exist: build the router again") from None
+    try:
+        if description["format"] != FORMAT:
+            raise CheckpointError(f"{folder / DESCRIPTION} has format {description['format']}, and {FORMAT} is known")
+        if digest_bytes(content) != description["tensors"]:
+            raise CheckpointError(f"{folder / TENSORS} is damaged or of another router: build the router again")
+        kind, saved_guard = description["kind"], description["guard"]
+        if kind not in ROUTERS:
+            raise CheckpointError(f"{folder / DESCRIPTION}: unknown router {kind!r}; {did_you_mean(kind, ROUTERS)}")
+        router: Router = ROUTERS[kind].restore(description["options"], load(content))
+        if saved_guard is not None:
+            return GuardedRouter(router, int(saved_guard["fallback"]), float(saved_guard["margin"]))
+    except MoqeError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} does not describe a router: build the router again") from error
+    return router
