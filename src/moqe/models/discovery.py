@@ -32,6 +32,8 @@ from moqe.models.groups import Kind, LinearGroup, changed_tensors, fold, reduce_
 TOLERANCE = 1e-4  # relative change of the block's output that a fold may cause: float32 rounding stays far below
 PROBE_SEED = 20240229
 
+Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype, int]
+
 
 def find_groups(
     block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], name: str = "block"
@@ -49,9 +51,9 @@ def find_groups(
     calls = run.record()
     linears = _check_linears(block, calls, name)
     groups: list[LinearGroup] = []
-    for names, inputs in _sharing(linears):
-        group = LinearGroup(names)
-        for candidate in _candidates(group, inputs, calls, linears, run):
+    for sharing in _sharing(linears):
+        group = LinearGroup(tuple(call.name for call in sharing))
+        for candidate in _candidates(group, sharing[0], calls, linears, run):
             if _is_foldable(run, candidate):
                 group = candidate
                 break
@@ -59,14 +61,19 @@ def find_groups(
     return tuple(groups)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
-    """One forward of a submodule. Holding the tensors keeps their memory from being reused by others."""
+    """One forward of a submodule, and the identity of its input and output at that moment.
+
+    Holding the tensors keeps their memory from being reused by others.
+    """
 
     name: str
     module: nn.Module
     inputs: Tensor
     output: Tensor
+    input_identity: Identity
+    output_identity: Identity
 
 
 class _Probe:
@@ -89,7 +96,7 @@ class _Probe:
         def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                    calls.append(_Call(name, module, args[0], output))
+                    calls.append(_Call(name, module, args[0], output, _identity(args[0]), _identity(output)))
 
             return hook
 
@@ -115,33 +122,32 @@ class _Probe:
 
 
 def _candidates(
-    group: LinearGroup, inputs: Tensor, calls: Sequence[_Call], linears: Sequence[_Call], run: _Probe
+    group: LinearGroup, reader: _Call, calls: Sequence[_Call], linears: Sequence[_Call], run: _Probe
 ) -> Iterator[LinearGroup]:
     """Sources worth a check: the norm that made the input, else earlier linears whose channels reach it one by one."""
-    norms = [call for call in calls if _is_norm(call.module) and _same_tensor(call.output, inputs)]
+    norms = [call for call in calls if _is_norm(call.module) and call.output_identity == reader.input_identity]
     for call in norms:
         yield LinearGroup(group.names, call.name, "norm")
     if norms:
         return
-    first = next(index for index, call in enumerate(linears) if call.name == group.key)
-    for call in reversed(linears[:first]):
-        rows = _rows_reaching(run, group.key, call, inputs)
+    for call in reversed(linears[: linears.index(reader)]):
+        rows = _rows_reaching(run, reader, call)
         if rows is not None:
-            kind: Kind = "value" if _mixes_tokens(run, group.key, call.name, inputs) else "linear"
+            kind: Kind = "value" if _mixes_tokens(run, reader, call) else "linear"
             identity = tuple(range(weight_of(call.module).shape[0]))
             yield LinearGroup(group.names, call.name, kind, () if rows == identity else rows)
 
 
-def _rows_reaching(run: _Probe, reader: str, source: _Call, inputs: Tensor) -> tuple[int, ...] | None:
+def _rows_reaching(run: _Probe, reader: _Call, source: _Call) -> tuple[int, ...] | None:
     """For every channel of the reader's input the one source row that it is proportional to, or None if any has none.
 
     Row r is scaled by 4^(r / rows); the factor at a channel, read where the channel is largest, gives r.
     """
-    rows = source.output.shape[-1]
+    inputs, rows = reader.inputs, source.output.shape[-1]
     step = torch.log(torch.tensor(4.0)) / rows
     factors = (torch.arange(rows, device=inputs.device) * step.to(inputs.device)).exp()
     before = inputs.reshape(-1, inputs.shape[-1])  # (tokens, in)
-    after = run.seen_by(reader, source.name, lambda output: output * factors).reshape(before.shape)
+    after = run.seen_by(reader.name, source.name, lambda output: output * factors).reshape(before.shape)
     largest = before.abs().argmax(0, keepdim=True)  # (1, in)
     ratio = (after.gather(0, largest) / before.gather(0, largest))[0]
     if not (ratio > 0).all():  # also false for nan, where a channel is zero at every token
@@ -154,7 +160,7 @@ def _rows_reaching(run: _Probe, reader: str, source: _Call, inputs: Tensor) -> t
     return tuple(found.tolist())
 
 
-def _mixes_tokens(run: _Probe, reader: str, source: str, inputs: Tensor) -> bool:
+def _mixes_tokens(run: _Probe, reader: _Call, source: _Call) -> bool:
     """Whether the source's last but one token reaches the reader's last one, as it does through any attention."""
 
     def double_neighbour(output: Tensor) -> Tensor:
@@ -162,7 +168,8 @@ def _mixes_tokens(run: _Probe, reader: str, source: str, inputs: Tensor) -> bool
         output[..., -2, :] *= 2
         return output
 
-    return not torch.equal(run.seen_by(reader, source, double_neighbour)[..., -1, :], inputs[..., -1, :])
+    seen = run.seen_by(reader.name, source.name, double_neighbour)
+    return not torch.equal(seen[..., -1, :], reader.inputs[..., -1, :])
 
 
 def _is_foldable(run: _Probe, group: LinearGroup) -> bool:
@@ -195,28 +202,17 @@ def _check_linears(block: nn.Module, calls: Sequence[_Call], name: str) -> list[
     return linears
 
 
-def _sharing(linears: Sequence[_Call]) -> list[tuple[tuple[str, ...], Tensor]]:
+def _sharing(linears: Sequence[_Call]) -> list[list[_Call]]:
     """Linears grouped by the tensor they receive, in order of first use."""
-    groups: list[tuple[list[str], Tensor]] = []
+    groups: dict[Identity, list[_Call]] = {}
     for call in linears:
-        for names, inputs in groups:
-            if _same_tensor(call.inputs, inputs):
-                names.append(call.name)
-                break
-        else:
-            groups.append(([call.name], call.inputs))
-    return [(tuple(names), inputs) for names, inputs in groups]
+        groups.setdefault(call.input_identity, []).append(call)
+    return list(groups.values())
 
 
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same memory read the same way, and not written to in between."""
-    return a is b or (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a._version == b._version
-        and a.dtype == b.dtype
-    )
+def _identity(tensor: Tensor) -> Identity:
+    """What tells a tensor apart: its memory, how that is read, and how often it was written to."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
 
 
 def _is_norm(module: nn.Module) -> bool:

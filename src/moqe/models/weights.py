@@ -6,6 +6,7 @@ loaded is checked: a shape that differs from the config's, or a value that is no
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moqe.errors import CheckpointError, ModelError, NumericalError, did_you_mean
-from moqe.store import read_json
+from moqe.bundled import bundled_model
+from moqe.errors import ModelError, NumericalError, did_you_mean
 
 BUNDLED = "bundled:"
 SINGLE = "model.safetensors"
@@ -101,8 +102,6 @@ def resolve_base(base: str) -> Path:
     Raises ModelError when there is no such model, RecipeError for an unknown bundled name.
     """
     if base.startswith(BUNDLED):
-        from moqe.bundled import bundled_model
-
         return bundled_model(base.removeprefix(BUNDLED))
     folder = Path(base).expanduser()
     if folder.is_dir():
@@ -119,10 +118,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises ModelError when it is missing, not JSON, or says that the model is already quantized.
     """
-    try:
-        config: dict[str, Any] = read_json(folder / "config.json")
-    except CheckpointError as error:
-        raise ModelError(f"base model: {error}") from error
+    config = _read_mapping(folder / "config.json")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise ModelError(
@@ -146,15 +142,24 @@ def _download(base: str) -> Path:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index: dict[str, str] = read_json(path)["weight_map"]
-    except (CheckpointError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is not an index of safetensors files ({error}): download it again") from error
+    index: dict[str, str] = _read_mapping(path).get("weight_map", {})
+    if not index:
+        raise ModelError(f"{path} has no weight_map, so it is not an index of safetensors files: download it again")
     for file in sorted(set(index.values())):
         absent = {name for name, place in index.items() if place == file} - set(_names_in(path.parent / file))
         if absent:
             raise ModelError(f"{path.parent / file} lacks {min(absent)}, which its index promises: download both again")
     return index
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}): it is missing or damaged") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is damaged: it holds no mapping")
+    return content
 
 
 def _names_in(path: Path) -> list[str]:
