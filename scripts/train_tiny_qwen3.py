@@ -36,6 +36,7 @@ from transformers import (
 
 from moqe.data.bundled import bundled_documents
 from moqe.data.documents import Document
+from moqe.data.windows import pack_windows, text_bytes
 from moqe.store import digest_file, write_json
 
 VOCABULARY, WINDOW, BATCH = 4096, 512, 8
@@ -117,16 +118,14 @@ def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     tokenizer.save_pretrained(folder)
 
 
-def held_out(folder: Path) -> dict[str, dict[str, float]]:
+def held_out(folder: Path, max_windows: int | None = None) -> dict[str, dict[str, float]]:
     """Perplexity and bits per byte of the stored model on the `/test` parts: packed windows of 256, all but the first
     token of each window scored.
     """
-    from moqe.data.windows import pack_windows
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     documents = [document for name in REPEATS for document in bundled_documents(f"bundled:{name}/test")]
-    samples = pack_windows(documents, tokenizer, 256)
+    samples = pack_windows(documents, tokenizer, 256, max_windows)
     nats = []
     with torch.inference_mode():
         for batch in samples.tokens.split(16):
@@ -138,11 +137,11 @@ def held_out(folder: Path) -> dict[str, dict[str, float]]:
         rows = [i for i, label in enumerate(samples.domain) if domain in (label, "all")]
         scored = len(rows) * (samples.tokens.shape[1] - 1)
         total = float(loss[rows].sum())
-        text_bytes = sum(samples.text_bytes[i] for i in rows)
+        scored_bytes = sum(text_bytes(samples.tokens[rows, 1:], tokenizer))
         result[domain] = {
             "windows": len(rows),
             "perplexity": math.exp(total / scored),
-            "bits_per_byte": total / math.log(2) / text_bytes,
+            "bits_per_byte": total / math.log(2) / scored_bytes,
         }
     return result
 
@@ -158,7 +157,7 @@ def train(out: Path, steps: int, seed: int, export_every: int, compiled: bool) -
     """Train, or go on training from the checkpoint beside `out`, and write the model and `training.json`."""
     work = out.with_name(out.name + ".train")
     work.mkdir(parents=True, exist_ok=True)
-    documents: dict[str, list[Document]] = {name: bundled_documents(f"bundled:{name}/train") for name in REPEATS}
+    documents: dict[str, list[Document]] = {name: list(bundled_documents(f"bundled:{name}/train")) for name in REPEATS}
     tokenizer = train_tokenizer([document.text for group in documents.values() for document in group])
     end = tokenizer.eos_token_id
     encoded = [
@@ -217,7 +216,7 @@ def train(out: Path, steps: int, seed: int, export_every: int, compiled: bool) -
                 state = {"model": model.state_dict(), "average": average.state_dict()}
                 torch.save(state | {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, checkpoint)
                 export(average, tokenizer, out)
-                log.info("step %d: %s", step, json.dumps(held_out(out)))
+                log.info("step %d: %s", step, json.dumps(held_out(out, max_windows=96)))
         first_of_epoch += len(batches)
         epoch += 1
 

@@ -40,10 +40,12 @@ _NAMED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _DOCUMENTED = _NAMED | ast.Module
 
 
-def bundled_documents(path: str, domain: str = "") -> list[Document]:
-    """The documents of `bundled:<name>/<part>`, ordered by name, labelled `domain` or the source's own domain.
+def bundled_documents(path: str, domain: str = "") -> Iterator[Document]:
+    """The documents of `bundled:<name>/<part>`, read as they are asked for.
 
-    Raises DataError when the name or the part is unknown, or when this Python comes without its sources.
+    They are labelled `domain`, or the source's own domain, and come in the order of a hash of their names, so that the
+    first few are a fair sample. Raises DataError when the name or the part is unknown, or when this Python comes
+    without its sources.
     """
     name, _, part = path.removeprefix(PREFIX).partition("/")
     if name not in SOURCES:
@@ -52,18 +54,21 @@ def bundled_documents(path: str, domain: str = "") -> list[Document]:
         wanted = ", ".join(f"{PREFIX}{name}/{known}" for known in PARTS)
         raise DataError(f"{path!r} does not say which part to read: choose one of {wanted}")
     label, read = SOURCES[name]
-    texts = [(key, text) for key, text in read(part) if len(text) >= _MINIMUM_CHARACTERS]
-    if not texts:
-        raise DataError(f"{path!r} is empty: this Python ({_library()}) comes without the sources of its library")
-    return [Document(text, domain or label, f"{path}#{key}") for key, text in texts]
+    return (
+        Document(text, domain or label, f"{path}#{key}") for key, text in read(part) if len(text) >= _MINIMUM_CHARACTERS
+    )
 
 
 def part_of(name: str, held_out_percent: int) -> str:
     """The part a module or topic belongs to, by its name alone; router and test halve the held-out share."""
-    bucket = int(digest_bytes(name.encode("utf-8"))[:8], 16) % 100
+    bucket = int(_name_hash(name)[:8], 16) % 100
     if bucket >= held_out_percent:
         return "train"
     return "router" if bucket < held_out_percent // 2 else "test"
+
+
+def _name_hash(name: str) -> str:
+    return digest_bytes(name.encode("utf-8"))
 
 
 def _code(part: str) -> Iterator[tuple[str, str]]:
@@ -87,7 +92,7 @@ def _topics(part: str) -> Iterator[tuple[str, str]]:
         own = [text for text in paragraphs if " ".join(text.split()) not in owned]
         owned.update(" ".join(text.split()) for text in paragraphs)
         kept[name] = "\n\n".join(own)
-    for name in sorted(kept):
+    for name in sorted(kept, key=_name_hash):
         if part_of(name, _TOPIC_HELD_OUT_PERCENT) == part:
             yield name, kept[name]
 
@@ -104,12 +109,14 @@ def _library() -> Path:
 
 
 def _modules(part: str) -> Iterator[tuple[str, str]]:
-    """Dotted names and sources of the library's modules in a part, ordered by name."""
+    """Dotted names and sources of the library's modules in a part, in the order of the names' hashes."""
     named = {}
     for path in _python_files(_library()):
         inner = path.relative_to(_library()).with_suffix("")
         named[".".join(inner.parts).removesuffix(".__init__")] = path
-    for name, path in sorted(named.items()):
+    if not named:
+        raise DataError(f"this Python comes without the sources of its library: {_library()} holds none")
+    for name, path in sorted(named.items(), key=lambda item: _name_hash(item[0])):
         if part_of(name, _MODULE_HELD_OUT_PERCENT) == part and not name.startswith(_SKIPPED_MODULES):
             with tokenize.open(path) as handle:  # honours the file's coding line
                 yield name, handle.read()

@@ -41,7 +41,7 @@ def read_source(source: Source) -> list[Document]:
     """
     last = None if source.max_documents is None else source.skip_documents + source.max_documents
     if source.path.startswith(PREFIX):
-        found = bundled_documents(source.path, source.domain)
+        found = list(islice(bundled_documents(source.path, source.domain), last))
     else:
         texts = ((name, text) for name, text in _texts(source) if text.strip())
         found = [Document(text, source.label, name) for name, text in islice(texts, last)]

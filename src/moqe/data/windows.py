@@ -11,8 +11,9 @@ and holds `window - 1` tokens of text. Special tokens that a document spells out
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from moqe.store import canonical_hash
 
 log = logging.getLogger("moqe")
 
-_ENCODED_TOGETHER = 256  # documents handed to the tokenizer at once
+_ENCODED_TOGETHER = 64  # documents handed to the tokenizer at once
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,31 @@ def pack_windows(
 ) -> TextSamples:
     """Cut documents into windows of `window` tokens, (n, window).
 
-    Domains come in the order of their first document. With `max_samples` the windows are spread evenly over domains
-    and, inside a domain, over packs; which ones is drawn with `seed`, their order stays. Raises DataError when the
-    documents of a domain do not fill a window.
+    Domains come in the order of their first document, and inside a domain documents keep their order. With
+    `max_samples` the windows are spread evenly over domains and, inside a domain, over packs: documents are taken in an
+    order drawn with `seed`, no more of them than that needs. Raises DataError when the documents of a domain do not
+    fill a window.
     """
     begin = begin_token(tokenizer)
     body = window - len(begin)
     eos = tokenizer.eos_token_id
-    grouped: dict[str, list[tuple[str, list[int]]]] = {}
-    for document, ids in zip(documents, _encode(documents, tokenizer), strict=True):
-        grouped.setdefault(document.domain, []).append((document.digest, ids))
+    grouped: dict[str, list[Document]] = {}
+    for document in documents:
+        grouped.setdefault(document.domain, []).append(document)
     if not grouped:
         raise DataError(f"there are no documents, and one window needs {body:,} tokens")
 
     packs: list[Pack] = []
-    for domain, encoded in grouped.items():
-        found = list(_packs(encoded, domain, body, [] if eos is None else [eos]))
+    for domain, members in grouped.items():
+        if max_samples is not None:
+            members = [members[i] for i in np.random.default_rng(seed).permutation(len(members)).tolist()]
+        found = list(
+            islice(_packs(_encode(members, tokenizer), domain, body, [] if eos is None else [eos]), max_samples)
+        )
         if not found:
-            tokens = sum(len(ids) for _, ids in encoded)
+            tokens = sum(len(ids) for _, ids in _encode(members, tokenizer))
             raise DataError(
-                f"domain {domain!r} has {tokens:,} tokens in {len(encoded)} documents, and one window needs {body:,}: "
+                f"domain {domain!r} has {tokens:,} tokens in {len(members)} documents, and one window needs {body:,}: "
                 "add documents or lower data.window"
             )
         packs += found
@@ -100,15 +106,21 @@ def text_bytes(tokens: Tensor, tokenizer: Any) -> tuple[int, ...]:
     return tuple(len(text.encode("utf-8")) for text in texts)
 
 
-def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[list[int]]:
+def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+    """(digest, ids) of every document, a few documents ahead of need."""
     for first in range(0, len(documents), _ENCODED_TOGETHER):
-        texts = [document.text for document in documents[first : first + _ENCODED_TOGETHER]]
-        yield from tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        group = documents[first : first + _ENCODED_TOGETHER]
+        encoded = tokenizer(
+            [document.text for document in group],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]
+        yield from zip((document.digest for document in group), encoded, strict=True)
 
 
-def _packs(encoded: Sequence[tuple[str, list[int]]], domain: str, body: int, separator: list[int]) -> Iterator[Pack]:
+def _packs(encoded: Iterable[tuple[str, list[int]]], domain: str, body: int, separator: list[int]) -> Iterator[Pack]:
     """Group a domain's documents, (digest, ids), into packs of at least `body` tokens; what is left over is dropped."""
     names: list[str] = []
     gathered: list[int] = []
