@@ -76,7 +76,7 @@ def test_the_documented_example_follows_the_schema(tmp_path: Path) -> None:
     example = re.search(r"```json\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
     assert example is not None
     (tmp_path / "verdict.json").write_text(example.group(1))
-    assert read_verdict(tmp_path / "verdict.json").headline.best_single == "gptq"
+    assert read_verdict(tmp_path / "verdict.json").headline.best_single == "rtn"
 
 
 def test_a_file_that_is_no_verdict_is_refused(verdict: Verdict, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def signed(value: float, digits: int = 4) -> str:
-    """A difference: always with a sign, except when it is exactly zero."""
-    return (f"{value:.{digits}f}" if value == 0 else f"{value:+.{digits}f}").replace("-", MINUS)
+    """A difference: always with a sign, except when it is zero to the digits written."""
+    written = f"{value:+.{digits}f}"
+    return (written if float(written) else written[1:]).replace("-", MINUS)
 
 
 def bounds(low: float | None, high: float | None, digits: int = 4) -> str:
@@ -23,11 +24,16 @@ def bounds(low: float | None, high: float | None, digits: int = 4) -> str:
     return NONE if low is None or high is None else f"[{number(low, digits)}, {number(high, digits)}]"
 
 
+def signed_bounds(interval: Interval, digits: int = 4) -> str:
+    """The interval of a difference in brackets; a dash where there were too few documents for one."""
+    if interval.low is None or interval.high is None:
+        return NONE
+    return f"[{signed(interval.low, digits)}, {signed(interval.high, digits)}]"
+
+
 def signed_interval(interval: Interval, digits: int = 4) -> str:
     """A difference with its interval: `-0.0120 [-0.0180, -0.0060]`."""
-    if interval.low is None or interval.high is None:
-        return f"{signed(interval.value, digits)} (no interval)"
-    return f"{signed(interval.value, digits)} [{signed(interval.low, digits)}, {signed(interval.high, digits)}]"
+    return f"{signed(interval.value, digits)} {signed_bounds(interval, digits)}"
 
 
 def p_value(p: float | None) -> str:

@@ -125,12 +125,17 @@ class ProtocolVerdict:
 
 @dataclass(frozen=True)
 class ExpertSummary:
-    """What an expert is: bytes of its files as if it stood alone, and the share of parameters not done as asked."""
+    """What an expert is.
+
+    bytes_on_disk: of its files, as if it stood alone. substituted_share: the share of its parameters that were not done
+    as asked. bits_per_weight: of the quantized linears, as stored; None where unknown.
+    """
 
     method: str
     scheme: str
     bytes_on_disk: int
     substituted_share: float
+    bits_per_weight: float | None = None
 
 
 @dataclass(frozen=True)

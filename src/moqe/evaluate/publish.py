@@ -1,0 +1,55 @@
+"""Publishing a verdict: card and report in the mixture's folder, from the files that the build left there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moqe.evaluate.card import write_card
+from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
+from moqe.evaluate.verdict import Verdict
+from moqe.folder import MixtureFolder
+from moqe.recipe import Recipe, dump_recipe
+from moqe.store import read_json
+
+
+def publish(place: MixtureFolder, verdict: Verdict, recipe: Recipe) -> None:
+    """Write README.md and report.html. Raises CheckpointError when a certificate or a router's selection is damaged."""
+    context = gather(place, recipe, tuple(verdict.protocols))
+    write_card(place.card, verdict, context)
+
+
+def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...]) -> ReportContext:
+    """What card and report say beside the verdict, read from certificates and from the routers' selection."""
+    substituted = []
+    for expert in recipe.experts:
+        if place.certificate(expert.name).exists():  # an existing checkpoint has none
+            layers = read_json(place.certificate(expert.name)).get("layers", [])
+            substituted += [
+                Substitution(expert.name, layer["name"], layer["substituted"])
+                for layer in layers
+                if layer["substituted"]
+            ]
+    selections = {name: place.router(name) / "selection.json" for name in protocols}
+    return ReportContext(
+        name=place.path.resolve().name,
+        base=recipe.base,
+        recipe_yaml=dump_recipe(recipe),
+        candidates={name: _candidates(read_json(path)) for name, path in selections.items() if path.exists()},
+        substitutions=tuple(substituted),
+    )
+
+
+def _candidates(selection: Mapping[str, Any]) -> tuple[CandidateRow, ...]:
+    """The routers that the deployed preset compared."""
+    fitted = selection[selection["deployed"]]
+    return tuple(
+        CandidateRow(
+            row["name"],
+            row["loss"],
+            row["gain"]["value"],
+            row["gain"]["standard_error"],
+            row["name"] == fitted["chosen"],
+        )
+        for row in fitted["candidates"]
+    )
