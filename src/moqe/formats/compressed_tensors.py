@@ -12,9 +12,10 @@ Our shard 1 holds what all experts of a mixture share and is a hard link to `<mi
 block k, so an interrupted build goes on at the first block whose file is absent. Which linears were kept in full
 precision or have another group size is read back from the shards, so a resumed build needs no other memory of them.
 
-Cost: one block in memory at a time. Limits: transformers loads asymmetric packed weights only from
-compressed-tensors releases that initialise packed zero points; vLLM wants one scheme for the linears it fuses
-(q/k/v, gate/up), so a single substituted k_proj loads in transformers but not there.
+Cost: one block in memory at a time. Limits, checked with transformers 5.23 and compressed-tensors 0.20: asymmetric
+packed weights load only with `dequantize=True` (the loader expects their zero points unpacked), which in turn drops the
+quantization of activations, so a8 experts must be loaded without it. vLLM wants one scheme for the linears it fuses
+(q/k/v, gate/up), 4 or 8 bits, and symmetric weights where activations are integers.
 """
 
 from __future__ import annotations

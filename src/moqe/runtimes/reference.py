@@ -177,7 +177,8 @@ def install(model: nn.Module, expert: ExpertFiles, expert_name: str) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = expert.names()
     lacking = sorted(name for name in set(parameters) - set(names) if in_block(name))
-    unknown = sorted(set(names) - set(parameters))
+    unknown = sorted(name for name in set(names) - set(parameters) if not _is_redundant(name, expert))
+    names = [name for name in names if name in parameters]
     if lacking or unknown:
         example = f"it lacks {lacking[0]}" if lacking else f"the base model has no {unknown[0]}"
         raise CheckpointError(f"expert {expert_name} does not belong to this base model: {example}")
@@ -204,6 +205,16 @@ def install(model: nn.Module, expert: ExpertFiles, expert_name: str) -> None:
     for name in set(parameters) - set(names):
         if id(parameters[name]) in replaced:
             _assign(modules, name, replaced[id(parameters[name])])
+
+
+def _is_redundant(name: str, expert: ExpertFiles) -> bool:
+    """Whether a parameter the model lacks changes nothing: older tools store rotary tables and biases of zeros."""
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    if not name.endswith(".bias"):
+        return False
+    bias = expert.load(name)
+    return isinstance(bias, Tensor) and not bias.any()
 
 
 def _assign(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) -> None:

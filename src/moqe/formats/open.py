@@ -1,0 +1,100 @@
+"""Opening an expert whatever its format, and whether its tokenizer is the base model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moqe.errors import CheckpointError
+from moqe.formats.awq_checkpoint import open_awq
+from moqe.formats.compressed_tensors import CompressedTensorsFiles
+from moqe.formats.expert_files import ExpertFiles
+from moqe.formats.float_checkpoint import FloatFiles
+from moqe.formats.gguf_files import GgufFiles
+from moqe.formats.gguf_tokenizer import read_vocabulary
+from moqe.formats.gptq_checkpoint import open_gptq
+from moqe.store import read_json
+
+READERS: dict[str, Callable[[Path, Mapping[str, Any]], ExpertFiles]] = {
+    "compressed-tensors": lambda folder, config: CompressedTensorsFiles(folder),
+    "gptq": open_gptq,
+    "awq": open_awq,
+}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder of them without a config.json."""
+    if path.is_dir():
+        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    return path.suffix == ".gguf"
+
+
+def open_expert(path: Path) -> ExpertFiles:
+    """Open an expert's folder, or a `.gguf` file, for reading.
+
+    The format is what `quant_method` in config.json says; without quantization it is a full-precision folder.
+    Raises CheckpointError when the path holds no expert, or one in a format MoQE does not run exactly.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: check the path of the checkpoint")
+    if is_gguf(path):
+        return GgufFiles(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is no expert: it is neither a .gguf file nor a folder with a config.json")
+    quantization = read_json(path / "config.json").get("quantization_config")
+    if not quantization:
+        return FloatFiles(path)
+    method = str(quantization.get("quant_method", ""))
+    if method not in READERS:
+        known = ", ".join([*READERS, "GGUF"])
+        raise CheckpointError(f"{path} is quantized with {method or 'an unnamed method'}; MoQE reads {known}")
+    return READERS[method](path, quantization)
+
+
+def same_tokenizer(base: Path, checkpoint: Path) -> None:
+    """Raise CheckpointError unless a checkpoint gives token ids the base model's meaning.
+
+    base: a folder with tokenizer.json. checkpoint: a folder or GGUF. Pieces, their ids and the merges must agree;
+    formatting may differ, and so may added tokens that only one of the two has.
+    """
+    if is_gguf(checkpoint):
+        files = GgufFiles(checkpoint)
+        if files.vocabulary().digest != read_vocabulary(base).digest:
+            raise _another_tokenizer(base, checkpoint, "their pieces differ")
+        return
+    ours, our_added, our_merges = _read_tokenizer(base)
+    theirs, their_added, their_merges = _read_tokenizer(checkpoint)
+    differing = {token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]}
+    one_sided = (ours.keys() - theirs.keys() - our_added) | (theirs.keys() - ours.keys() - their_added)
+    by_id = {number: token for token, number in ours.items()}
+    reused = {token for token, number in theirs.items() if by_id.get(number, token) != token}
+    if differing or one_sided or reused:
+        example = min(differing | one_sided | reused)
+        raise _another_tokenizer(base, checkpoint, f"for example in {example!r}")
+    if our_merges != their_merges:
+        raise _another_tokenizer(base, checkpoint, "their merges differ")
+
+
+def _read_tokenizer(folder: Path) -> tuple[dict[str, int], set[str], list[str]]:
+    """Ids by token, the tokens that were added to the model's own, and the merges as `left right`."""
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    try:
+        model = content["model"]
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, list):  # a Unigram model: pieces with scores, in the order of their ids
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        ids = {str(token): int(number) for token, number in vocabulary.items()}
+        added = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or ()}
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no tokenizer ({error!r}): download it again") from error
+    return ids | added, set(added), merges
+
+
+def _another_tokenizer(base: Path, checkpoint: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} has another tokenizer than the base model {base} ({how}): "
+        "all experts of a mixture must share one; choose a checkpoint made from this base"
+    )
