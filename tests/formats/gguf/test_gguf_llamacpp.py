@@ -1,0 +1,94 @@
+"""llama.cpp and transformers agree on the GGUF files we write.
+
+With weights kept in full precision the two must give the same numbers, so architecture metadata, names, row order and
+position encodings are checked without the noise of llama.cpp's 8-bit activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moqe.formats.gguf_files import GgufFiles
+from moqe.formats.gguf_split import merge_gguf
+from moqe.formats.gguf_tokenizer import read_vocabulary
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN}),
+}
+
+
+def reference_logits(base: Path, tokens: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits.log_softmax(-1)
+
+
+def not_text(base: Path) -> list[int]:
+    """Tokens that are no whole characters: llama.cpp reports no probabilities for them."""
+    tokens = read_vocabulary(base).tokens
+    return [index for index in range(512) if index >= len(tokens) or not tokens[index].isascii()]
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_full_precision_file_gives_the_base_models_numbers(
+    case: str, make_base: Callable[..., Path], make_expert: Callable[..., Path], llama: Callable[[Path], Any]
+) -> None:
+    family, options = MODELS[case]
+    base = make_base(family, **options)
+    prompt = torch.randint(1, 500, (150,)).tolist()  # past the scalings' original context
+    banned = not_text(base)
+    tokens, scores = llama(make_expert(base)).greedy(prompt, 8, banned)
+    reference = reference_logits(base, prompt + tokens)[len(prompt) - 1 : -1]
+    expected = reference.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(scores), expected, atol=2e-3, rtol=0)
+    reference[:, banned] = -torch.inf
+    torch.testing.assert_close(expected, reference.max(1).values, atol=2e-3, rtol=0)  # greedy, up to ties
+
+
+def test_split_and_merged_files_are_the_same_model(
+    tmp_path: Path, make_base: Callable[..., Path], make_expert: Callable[..., Path], llama: Callable[[Path], Any]
+) -> None:
+    base = make_base("llama", dtype=torch.bfloat16)
+    expert = make_expert(base, "Q8_0")
+    merged = tmp_path / "merged.gguf"
+    merge_gguf(expert, merged)
+    assert llama(merged).greedy([5, 6, 7], 8) == llama(expert).greedy([5, 6, 7], 8)
+    first, second = GgufFiles(expert), GgufFiles(merged)
+    assert set(second.names()) - set(first.names()) == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+
+
+def test_a_sliding_window_bounds_the_context_length(
+    make_base: Callable[..., Path], make_expert: Callable[..., Path]
+) -> None:
+    from moqe.formats.gguf_container import Container
+
+    expert = make_expert(make_base("mistral", sliding_window=64))
+    assert Container(min(expert.glob("*.gguf"))).integer("llama.context_length") == 64
