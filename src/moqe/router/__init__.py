@@ -2,8 +2,9 @@
 
 from moqe.router.examples import RoutingExamples
 from moqe.router.features import Features, TokenFeatures
+from moqe.router.fitted import FittedRouter
 from moqe.router.guard import GuardDecision, GuardedRouter, guard
-from moqe.router.presets import FittedRouter, fit_baselines, fit_paper, fit_router, fit_tuned
+from moqe.router.presets import fit_baselines, fit_paper, fit_tuned
 from moqe.router.router import Router, Unit, choose, realised_losses
 from moqe.router.saved import ROUTERS, load_router, save_router
 
@@ -20,7 +21,6 @@ __all__ = [
     "choose",
     "fit_baselines",
     "fit_paper",
-    "fit_router",
     "fit_tuned",
     "guard",
     "load_router",

@@ -2,12 +2,15 @@
 
 A router that learnt noise still switches experts. Two questions are asked on examples the router was not fitted to:
 
-Margin: how large must a predicted gain be before a sample leaves the fallback? Candidates are zero and quantiles of the
-predicted gains. The best on these examples is partly luck, so the one-standard-error rule (Breiman et al. 1984)
-applies: the largest margin that is not worse than the best one by more than the standard error of their paired
-difference.
-Global: with that margin, is the mean gain over the fallback larger than its standard error, by document? If not, the
-router becomes the constant one.
+Global: is the mean gain over the fallback larger than its standard error, by document? If not, the router becomes the
+constant one. A router that is too eager as a whole is still kept for its surest choices, if with one of the margins
+below the gain is larger than two standard errors: two, because several margins had their chance.
+Margin: how large must a predicted gain be before a sample leaves the fallback? Offered are zero and quantiles of the
+predicted gains, those whose gain clears the bar above. The best of them is partly luck, so the one-standard-error rule
+(Breiman et al. 1984) applies: the largest margin that is not worse than the best by more than the standard error of
+their paired difference.
+
+On pure noise this keeps about one router in a hundred (simulated: 4 experts, 100 and 400 samples, documents of 4).
 
 A predicted gain is a difference of costs in the router's own unit: the margin is in nats for routers that predict nats
 and in logits otherwise. The fallback is the expert with the lowest mean loss on validation, so a report that chooses
@@ -29,7 +32,8 @@ from moqe.router.features import Features
 from moqe.router.router import Router, Unit
 from moqe.router.uncertainty import ClusteredMean, clustered_mean
 
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9)  # of the positive predicted gains; 0 stands for "any gain at all"
+QUANTILES = (0.25, 0.5, 0.75, 0.9)  # of the positive predicted gains: the margins offered beside zero
+BAR_OF_A_CHOSEN_MARGIN = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class GuardDecision:
     """What the guard saw and decided.
 
     kept: whether the router stays. margin: in the router's unit. gain: mean loss of the fallback minus that of the
-    guarded router, nats per token, with its standard error by document. switched: share of samples sent elsewhere.
+    router with this margin, nats per token, with its standard error by document. switched: share of samples that it
+    sends to another expert.
     """
 
     fallback: int
@@ -88,15 +93,18 @@ def decide(costs: Tensor, losses: Tensor, document: Sequence[str], fallback: int
     if len(positive) == 0:
         return GuardDecision(fallback, False, 0.0, clustered_mean(torch.zeros_like(realised), document), 0.0)
 
-    margins = [0.0, *(float(positive.quantile(share)) for share in QUANTILES[1:])]
+    margins = [0.0, *(float(positive.quantile(share)) for share in QUANTILES)]
     gains = [torch.where(predicted > margin, realised, 0.0) for margin in margins]
-    best = max(gains, key=lambda gain: float(gain.mean()))
-    behind = [clustered_mean(best - gain, document) for gain in gains]
-    chosen_margin = max(i for i, lag in enumerate(behind) if lag.value <= lag.standard_error)
-    margin, mean = margins[chosen_margin], clustered_mean(gains[chosen_margin], document)
-    return GuardDecision(
-        fallback, mean.value > mean.standard_error, margin, mean, float((predicted > margin).double().mean())
-    )
+    means = [clustered_mean(gain, document) for gain in gains]
+    bar = 1.0 if means[0].value > means[0].standard_error else BAR_OF_A_CHOSEN_MARGIN
+    offered = [i for i, mean in enumerate(means) if mean.value > bar * mean.standard_error]
+    if not offered:
+        return GuardDecision(fallback, False, 0.0, means[0], float((predicted > 0).double().mean()))
+    best = max(offered, key=lambda i: means[i].value)
+    behind = {i: clustered_mean(gains[best] - gains[i], document) for i in offered}
+    taken = max(i for i, lag in behind.items() if lag.value <= lag.standard_error)
+    switched = float((predicted > margins[taken]).double().mean())
+    return GuardDecision(fallback, True, margins[taken], means[taken], switched)
 
 
 def apply_guard(router: Router, decision: GuardDecision, validation: RoutingExamples) -> GuardedRouter | Constant:

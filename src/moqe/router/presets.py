@@ -18,20 +18,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from moqe.progress import Advance, Progress, Silent
 from moqe.recipe import Router as RouterOptions
 from moqe.router.baselines import Random, Uniform, fit_constant
 from moqe.router.examples import RoutingExamples
-from moqe.router.guard import GuardDecision, apply_guard, decide, guard
+from moqe.router.fitted import FittedRouter
+from moqe.router.guard import apply_guard, decide, guard
 from moqe.router.knn import Knn, fit_knn
 from moqe.router.linear import Linear, fit_linear
 from moqe.router.objectives import OBJECTIVES
 from moqe.router.router import Router
 from moqe.router.selection import Candidate, Fit, folds_by_document, judge, predict_unseen
 from moqe.router.text_network import RoutingNetwork, TextNetwork
-from moqe.router.training import Epoch, Progress, TrainingOptions, train_network
+from moqe.router.training import Epoch, TrainingOptions, train_network
 
 logger = logging.getLogger("moqe")
+SILENT = Silent()
 
 FOLDS = 4
 MAX_MULTIPLICATIONS = 3e13  # 3 x parameters x vectors x epochs: about five minutes on two cores
@@ -47,22 +51,6 @@ class Preset:
     network: Callable[[RouterOptions, int, int], RoutingNetwork]
     training: TrainingOptions
     segment: int = 1
-
-
-@dataclass(frozen=True)
-class FittedRouter:
-    """A router to deploy and how it came about.
-
-    router: with the guard, if the recipe wants one. unguarded: the same without. candidates: what was compared, on
-    unseen samples; for `paper` its one line on validation. history: the epochs of a network. guard: None without one.
-    """
-
-    router: Router
-    unguarded: Router
-    chosen: str
-    candidates: tuple[Candidate, ...]
-    history: tuple[Epoch, ...]
-    guard: GuardDecision | None
 
 
 def _paper_text(options: RouterOptions, dimension: int, experts: int) -> RoutingNetwork:
@@ -107,19 +95,6 @@ TUNED: dict[str, Preset] = {
 }
 
 
-def fit_router(
-    options: RouterOptions,
-    train: RoutingExamples,
-    validation: RoutingExamples,
-    seed: int,
-    modality: str = "text",
-    progress: Progress | None = None,
-) -> FittedRouter:
-    """Fit the router a recipe asks for. `modality` is a key of PAPER and TUNED."""
-    fit = {"paper": fit_paper, "tuned": fit_tuned}[options.preset]
-    return fit(options, train, validation, seed, modality, progress)
-
-
 def fit_baselines(train: RoutingExamples, validation: RoutingExamples, seed: int) -> dict[str, Router]:
     """The routers that every report shows beside the mixture, by name; none of them is guarded."""
     return {
@@ -137,7 +112,7 @@ def fit_paper(
     validation: RoutingExamples,
     seed: int,
     modality: str = "text",
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> FittedRouter:
     """The paper's router; the epoch and the guard's decision come from `validation`.
 
@@ -147,7 +122,8 @@ def fit_paper(
     training = _training(preset, options, train)
     if training.objective != "centred_regression" or "balance" in options.model_fields_set:
         training = replace(training, balance=options.balance)
-    router, history = _fit_network(preset, options, training, train, validation, seed, "paper", progress)
+    with progress.track("train the paper's router", training.epochs) as advance:
+        router, history = _fit_network(preset, options, training, train, validation, seed, "paper", advance)
     seen = judge("paper", router.predict(validation.features), validation, validation.best_single)
     if not options.guard:
         return FittedRouter(router, router, "paper", (seen,), history, None)
@@ -161,51 +137,41 @@ def fit_tuned(
     validation: RoutingExamples,
     seed: int,
     modality: str = "text",
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> FittedRouter:
-    """The candidate that measures best on documents it has not seen, or the constant router.
+    """The candidate that measures best on documents it has not seen, or the constant router if none beats it.
 
     The guard decides on the same predictions for unseen documents. Raises as `fit_paper` does, and DataError when there
     are too few documents to cross-validate.
     """
     pool = train.join(validation)
     fallback = validation.best_single
-    histories: dict[str, tuple[Epoch, ...]] = {}
-    fits = _candidates(TUNED[modality], options, pool, seed, histories)
+    fits = _candidates(TUNED[modality], options, pool, seed)
     fold = folds_by_document(pool.document, FOLDS, seed)
 
     judged: list[Candidate] = []
-    unseen: dict[str, torch.Tensor] = {}
-    steps = _Steps(FOLDS * len(fits) + 1, progress)
-    for name, fit in fits.items():
-        unseen[name] = predict_unseen(fit, pool, fold, lambda name=name: steps.advance(f"router {name}"))  # type: ignore[misc]
-        judged.append(judge(name, unseen[name], pool, fallback))
+    unseen: dict[str, Tensor] = {}
+    with progress.track("compare routers", FOLDS * len(fits)) as advance:
+        for name, fit in fits.items():
+            unseen[name] = predict_unseen(fit, pool, fold, advance)
+            judged.append(judge(name, unseen[name], pool, fallback))
     winners = [candidate for candidate in judged if candidate.wins]
     if not winners:
         constant = fit_constant(validation)
-        steps.advance("router constant")
-        return FittedRouter(constant, constant, "constant", tuple(judged), (), None)
+        return FittedRouter(constant, constant, constant.name, tuple(judged), (), None)
 
     chosen = min(winners, key=lambda candidate: candidate.loss).name
     router = fits[chosen](train, validation)
     if isinstance(router, Linear | Knn):
         router = router.refit(pool)
-    steps.advance(f"router {chosen}")
-    history = histories.get(chosen, ())
     if not options.guard:
-        return FittedRouter(router, router, chosen, tuple(judged), history, None)
+        return FittedRouter(router, router, chosen, tuple(judged), (), None)
     decision = decide(unseen[chosen], pool.losses, pool.document, fallback)
-    return FittedRouter(apply_guard(router, decision, validation), router, chosen, tuple(judged), history, decision)
+    return FittedRouter(apply_guard(router, decision, validation), router, chosen, tuple(judged), (), decision)
 
 
-def _candidates(
-    preset: Preset,
-    options: RouterOptions,
-    examples: RoutingExamples,
-    seed: int,
-    histories: dict[str, tuple[Epoch, ...]],
-) -> dict[str, Fit]:
-    """What `tuned` compares, by name. Networks leave the history of their latest training in `histories`."""
+def _candidates(preset: Preset, options: RouterOptions, examples: RoutingExamples, seed: int) -> dict[str, Fit]:
+    """What `tuned` compares, by name."""
     base = _training(preset, options, examples)
 
     def network(name: str, objective: str) -> Fit:
@@ -215,8 +181,7 @@ def _candidates(
         training = replace(base, objective=objective, balance=options.balance if balanced else None)
 
         def fit(train: RoutingExamples, validation: RoutingExamples) -> Router:
-            router, histories[name] = _fit_network(preset, options, training, train, validation, seed, name, None)
-            return router
+            return _fit_network(preset, options, training, train, validation, seed, name, None)[0]
 
         return fit
 
@@ -235,12 +200,12 @@ def _fit_network(
     validation: RoutingExamples,
     seed: int,
     name: str,
-    progress: Progress | None,
+    epoch_done: Advance | None,
 ) -> tuple[Router, tuple[Epoch, ...]]:
     def make() -> RoutingNetwork:
         return preset.network(options, train.features.dimension, train.experts)
 
-    return train_network(make, train, validation, training, seed, name, progress)
+    return train_network(make, train, validation, training, seed, name, epoch_done)
 
 
 def _training(preset: Preset, options: RouterOptions, examples: RoutingExamples) -> TrainingOptions:
@@ -264,15 +229,3 @@ def _training(preset: Preset, options: RouterOptions, examples: RoutingExamples)
             len(examples),
         )
     return replace(training, epochs=min(training.epochs, affordable))
-
-
-class _Steps:
-    """Counts finished fits for a progress bar."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-
-    def advance(self, what: str) -> None:
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total, what)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moqe.errors import DataError
+from moqe.progress import Advance
 from moqe.router.examples import RoutingExamples
 from moqe.router.router import Router, choose, realised_losses
 from moqe.router.uncertainty import ClusteredMean, clustered_mean
@@ -62,11 +63,11 @@ def folds_by_document(document: Sequence[str], folds: int, seed: int) -> Tensor:
     return torch.tensor([fold_of[name] for name in document])
 
 
-def predict_unseen(fit: Fit, examples: RoutingExamples, fold: Tensor, done: Callable[[], None]) -> Tensor:
+def predict_unseen(fit: Fit, examples: RoutingExamples, fold: Tensor, fold_done: Advance) -> Tensor:
     """Predicted costs of every sample by a router that has not seen its document: (n, experts).
 
-    For each fold a router is fitted with the next fold as its validation and the others as its training set. `done` is
-    called after each. Needs at least three folds.
+    For each fold a router is fitted with the next fold as its validation and the others as its training set.
+    `fold_done` is told after each. Needs at least three folds.
     """
     count = int(fold.max()) + 1
     costs = torch.zeros(examples.losses.shape, dtype=torch.float64)
@@ -76,7 +77,7 @@ def predict_unseen(fit: Fit, examples: RoutingExamples, fold: Tensor, done: Call
         training = torch.where((fold != held_out) & (fold != follower))[0]
         router = fit(examples.select(training), examples.select(torch.where(fold == follower)[0]))
         costs[rows] = router.predict(examples.select(rows).features).double().cpu()
-        done()
+        fold_done(1)
     return costs
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moqe.errors import NumericalError, RecipeError
+from moqe.progress import Advance
 from moqe.recipe import Balance
 from moqe.router.balance import Gate
 from moqe.router.examples import RoutingExamples
@@ -30,8 +31,6 @@ from moqe.router.network_router import NetworkRouter
 from moqe.router.objectives import OBJECTIVES, Objective
 from moqe.router.router import choose, realised_losses
 from moqe.router.text_network import RoutingNetwork
-
-Progress = Callable[[int, int, str], None]  # steps done, steps in total, what is being done
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,11 @@ def train_network(
     options: TrainingOptions,
     seed: int,
     name: str,
-    progress: Progress | None = None,
+    epoch_done: Advance | None = None,
 ) -> tuple[NetworkRouter, tuple[Epoch, ...]]:
     """Train a new network and return the router of its best epoch, the latest of equals, with the history.
+
+    `epoch_done` is told after every epoch.
 
     Raises RecipeError for a regression with balance, NumericalError when the objective stops being finite.
     """
@@ -80,7 +81,7 @@ def train_network(
         torch.manual_seed(seed)
         network = make_network().to(device)
         gate = None if options.balance is None else Gate(train.experts, options.balance).to(device)
-        return _train(network, gate, train, validation, options, seed, name, progress)
+        return _train(network, gate, train, validation, options, seed, name, epoch_done)
 
 
 def _train(
@@ -91,7 +92,7 @@ def _train(
     options: TrainingOptions,
     seed: int,
     name: str,
-    progress: Progress | None,
+    epoch_done: Advance | None,
 ) -> tuple[NetworkRouter, tuple[Epoch, ...]]:
     order = torch.Generator().manual_seed(seed)
     centred = train.centred
@@ -122,8 +123,8 @@ def _train(
             best, best_loss, since_best = _frozen(router), loss, 0
         else:
             since_best += 1
-        if progress is not None:
-            progress(epoch + 1, options.epochs, f"router {name}")
+        if epoch_done is not None:
+            epoch_done(1)
         if options.patience is not None and since_best >= options.patience:
             break
     return best, tuple(history)

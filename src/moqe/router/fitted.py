@@ -1,0 +1,58 @@
+"""A router together with how it came about: what it was compared with, how it trained, what the guard decided."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moqe.router.guard import GuardDecision
+from moqe.router.router import Router
+from moqe.router.selection import Candidate
+from moqe.router.training import Epoch
+from moqe.router.uncertainty import ClusteredMean
+
+
+@dataclass(frozen=True)
+class FittedRouter:
+    """A router to deploy and how it came about.
+
+    router: with the guard, if the recipe wants one. unguarded: the same without. candidates: what was compared, on
+    unseen samples; for `paper` its one line on validation. history: the epochs of the paper's network. guard: None without one.
+    """
+
+    router: Router
+    unguarded: Router
+    chosen: str
+    candidates: tuple[Candidate, ...]
+    history: tuple[Epoch, ...]
+    guard: GuardDecision | None
+
+    def to_json(self) -> dict[str, Any]:
+        """How it came about, for files and reports: `chosen`, `unit`, `candidates`, `history` and `guard`.
+
+        Losses and gains are nats per token; an infinite standard error, of one document, is null.
+        """
+        return {
+            "chosen": self.chosen,
+            "unit": self.unguarded.unit,
+            "candidates": [
+                {"name": candidate.name, "loss": candidate.loss, "wins": candidate.wins, "gain": _gain(candidate.gain)}
+                for candidate in self.candidates
+            ],
+            "history": [asdict(epoch) for epoch in self.history],
+            "guard": None
+            if self.guard is None
+            else {
+                "kept": self.guard.kept,
+                "fallback": self.guard.fallback,
+                "margin": self.guard.margin,
+                "switched": self.guard.switched,
+                "gain": _gain(self.guard.gain),
+            },
+        }
+
+
+def _gain(gain: ClusteredMean) -> dict[str, float | int | None]:
+    error = gain.standard_error if math.isfinite(gain.standard_error) else None
+    return {"value": gain.value, "standard_error": error, "documents": gain.documents}
