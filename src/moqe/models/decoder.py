@@ -8,7 +8,7 @@
     logits = decoder.logits(hidden)
 
 Works for any causal LM of transformers whose blocks sit in one ModuleList and hold nn.Linear layers. Everything around
-the blocks is the model's own forward (see `skeleton`), so its logits are those of the whole model.
+the blocks is the model's own forward (see `recorder`), so its logits are those of the whole model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from moqe.errors import ModelError
 from moqe.models.discovery import hidden_of
-from moqe.models.skeleton import Recorder, assign, build_skeleton, find_blocks, recorders, release
+from moqe.models.recorder import Recorder, recorders
+from moqe.models.skeleton import assign, build_skeleton, find_blocks, release
 from moqe.models.weights import CheckpointWeights, Weights, ZeroWeights, read_config, resolve_base
 
 
@@ -87,9 +88,8 @@ class Decoder:
     @property
     def head_name(self) -> str:
         """Full name of the stored weight that makes logits: the embedding's where the config ties the two."""
-        own = f"{self._head_path}.weight"
-        tied = getattr(self.config, "tie_word_embeddings", False) and own not in self.weights.names()
-        return self.embedding_name if tied else own
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        return self.embedding_name if tied else f"{self._head_path}.weight"
 
     @property
     def stored_dtype(self) -> torch.dtype:

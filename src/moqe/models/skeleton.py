@@ -1,15 +1,7 @@
-"""A decoder without its weights: modules in place, parameters on the meta device, and its blocks swapped for recorders.
-
-A model's own forward does everything around the blocks (embedding, positions, masks per layer, final norm, head). So
-instead of imitating it, MoQE runs it with each block replaced by a recorder that notes what the block would have been
-given and passes the hidden states through. No tracing is involved.
-"""
+"""A causal LM without its weights: modules in place, parameters on the meta device."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,43 +70,6 @@ def release(module: nn.Module, recurse: bool = True) -> None:
     for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
         if not parameter.is_meta:
             assign(module, name, torch.empty_like(parameter, device="meta"))
-
-
-class Recorder(nn.Module):
-    """Stands in for a block: notes its arguments, hands the hidden states on, and has the block's attributes."""
-
-    def __init__(self, block: nn.Module, answer: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self._block = (block,)  # in a tuple, so that the block does not become a submodule
-        self._answer = answer
-        self.hidden: Tensor | None = None
-        self.kwargs: Mapping[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"][0], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Note everything, run nothing."""
-        names = list(inspect.signature(self._block[0].forward).parameters)[1:]
-        self.hidden, self.kwargs = hidden, {**dict(zip(names, args, strict=False)), **kwargs}
-        return self._answer(hidden)
-
-
-@contextmanager
-def recorders(blocks: nn.ModuleList, answers: Sequence[Callable[[Tensor], Any]]) -> Iterator[list[Recorder]]:
-    """Swap a list's blocks for recorders inside the context; recorder k returns `answers[k](hidden)`."""
-    originals = list(blocks)
-    swapped = [Recorder(block, answer) for block, answer in zip(originals, answers, strict=True)]
-    try:
-        for index, recorder in enumerate(swapped):
-            blocks[index] = recorder
-        yield swapped
-    finally:
-        for index, block in enumerate(originals):
-            blocks[index] = block
 
 
 class _ParametersOnMeta(TorchFunctionMode):

@@ -110,7 +110,7 @@ def resolve_base(base: str) -> Path:
         return folder
     if folder.exists() or not _HUB_ID.match(base):
         raise ModelError(f"base {base!r} is not a folder, a hub id such as Qwen/Qwen3-0.6B, or bundled:<name>")
-    return _download(base)
+    return download(base)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -128,7 +128,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _download(base: str) -> Path:
+def download(base: str) -> Path:
+    """The folder of a model of the hub, from its cache where it is there. Raises ModelError when out of reach."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
