@@ -37,11 +37,10 @@ class Substitution:
 class ReportContext:
     """Everything that card and report need beside the verdict.
 
-    name: the mixture's, for titles. base: the base model as the recipe names it. recipe_yaml: the recipe's text.
-    candidates: per protocol, the routers that were considered.
+    base: the base model as the recipe names it. recipe_yaml: the recipe's text. candidates: per protocol, the routers
+    that were considered. Nothing here depends on where the mixture lies: builds in two folders give equal pages.
     """
 
-    name: str
     base: str
     recipe_yaml: str
     candidates: Mapping[str, tuple[CandidateRow, ...]]

@@ -7,6 +7,7 @@ from typing import Any
 
 from moqe.evaluate.card import write_card
 from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
+from moqe.evaluate.report import write_report
 from moqe.evaluate.verdict import Verdict
 from moqe.folder import MixtureFolder
 from moqe.recipe import Recipe, dump_recipe
@@ -17,6 +18,7 @@ def publish(place: MixtureFolder, verdict: Verdict, recipe: Recipe) -> None:
     """Write README.md and report.html. Raises CheckpointError when a certificate or a router's selection is damaged."""
     context = gather(place, recipe, tuple(verdict.protocols))
     write_card(place.card, verdict, context)
+    write_report(place.report, verdict, context)
 
 
 def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...]) -> ReportContext:
@@ -32,7 +34,6 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...]) -> 
             ]
     selections = {name: place.router(name) / "selection.json" for name in protocols}
     return ReportContext(
-        name=place.path.resolve().name,
         base=recipe.base,
         recipe_yaml=dump_recipe(recipe),
         candidates={name: _candidates(read_json(path)) for name, path in selections.items() if path.exists()},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moqe.evaluate import format as write
 
@@ -10,7 +12,7 @@ from moqe.evaluate import format as write
 def environment(*, html: bool) -> Environment:
     """An environment for this package's templates; with `html` everything inserted is escaped."""
     made = Environment(
-        loader=PackageLoader("moqe", "evaluate"),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -27,6 +29,12 @@ def environment(*, html: bool) -> Environment:
         "percent": write.percent,
         "share_interval": write.share_interval,
         "size": write.size,
-        "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
+        "cell": _cell,
     }
     return made
+
+
+def _cell(text: str) -> str:
+    """Text as the content of a Markdown table's cell: nothing in it is markup."""
+    one_line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{mark}" if mark in "\\|`*[]" else mark for mark in one_line)
