@@ -29,6 +29,7 @@ from torch import Tensor
 from moqe.errors import NumericalError
 from moqe.methods.grids import clipped_grid, group_width, minmax_grid, round_to_grid
 from moqe.methods.method import Notes
+from moqe.methods.output_error import output_error
 from moqe.methods.statistics import InputStatistics
 from moqe.quantized import IntegerTensor
 from moqe.recipe import Expert
@@ -36,11 +37,6 @@ from moqe.schemes import Scheme
 
 SMALLEST_SCALE = 1e-4  # of a channel, before normalising: a silent channel would otherwise give 0
 CHUNK_ELEMENTS = 1 << 22
-
-
-def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """tr(D H D^T): the squared output error, summed over calibration tokens, of a weight that is off by D (out, in)."""
-    return float(((difference @ hessian) * difference).sum(dtype=torch.float64))
 
 
 def channel_scale(absmean: Tensor, alpha: float) -> Tensor:
@@ -96,7 +92,7 @@ def search_clipping(
         [hessian[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(groups)]
     )  # (groups, width, width)
     chunks = []
-    for rows in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1])):
+    for rows in torch.split(weight, max(1, CHUNK_ELEMENTS // weight.shape[1])):
         best_error = rows.new_full((len(rows), groups), torch.inf)
         best = torch.ones_like(best_error)
         for step in range(steps):

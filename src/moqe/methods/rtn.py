@@ -2,7 +2,7 @@
 
 Source: common practice; nothing to cite. Differs from most tools only in what is offered beside the min-max grid:
 `grid: searched` minimises the plain squared error of each group. No data is used in either case.
-Cost: one pass over the weights (min-max), about 25 or 65 (searched, symmetric or not).
+Cost: one pass over the weights on min-max grids, see `grids.py` for searched ones.
 """
 
 from __future__ import annotations

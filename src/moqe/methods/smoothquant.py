@@ -10,7 +10,8 @@ with the maximum over all linears that share the input, and activations rounded 
 Faithful: the scale, its folding into the tensor before, 8-bit weights per output channel, dynamic 8-bit activations.
 Different:
 - Every input that can be folded is smoothed, also those of the attention output and down projections; the paper
-  stops at inputs that follow a norm. The input of a gated MLP's down projection is where today's models have their outliers.
+  stops at inputs that follow a norm. The input of a gated MLP's down projection is where today's
+  models have their outliers.
 - Channels that no activation or weight reaches keep scale 1.
 - Weight scales are searched, with the mean square of the smoothed inputs as importance, instead of spanning the
   extremes; this is what makes w4a8, which the paper does not have, worth using.
