@@ -187,7 +187,10 @@ def _piece_scores(folder: Path, model: dict[str, Any], vocabulary: Vocabulary) -
             raise _not_sentencepiece(folder, f"the merges that make {piece!r} do not stand together")
         rank.setdefault(piece, len(rank))
         previous = piece
-    for piece in rank:
+    normal = [
+        token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == TokenType.NORMAL
+    ]
+    for piece in normal:
         for cut in range(1, len(piece)):
             halves = piece[:cut], piece[cut:]
             if halves not in listed and halves[0] in model["vocab"] and halves[1] in model["vocab"]:

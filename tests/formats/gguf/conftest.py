@@ -33,8 +33,8 @@ TEXT = [
 ] * 20
 
 
-def save_tokenizer(folder: Path, cutting: pre_tokenizers.PreTokenizer, vocabulary: int = 500, **model: Any) -> None:
-    """Train a byte-level BPE and save it as transformers does."""
+def train_tokenizer(folder: Path, cutting: pre_tokenizers.PreTokenizer, vocabulary: int = 500, **model: Any) -> None:
+    """Train a byte-level BPE on a few lines and save it as transformers does."""
     tokenizer = Tokenizer(models.BPE(**model))
     tokenizer.pre_tokenizer = cutting
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,6 +46,12 @@ def save_tokenizer(folder: Path, cutting: pre_tokenizers.PreTokenizer, vocabular
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+
+
+@pytest.fixture
+def save_tokenizer() -> Callable[..., None]:
+    """`train_tokenizer`."""
+    return train_tokenizer
 
 
 def qwen_cutting() -> pre_tokenizers.PreTokenizer:
@@ -84,7 +90,7 @@ def make_base(tmp_path: Path) -> Callable[..., Path]:
             if name.endswith("bias") or "norm" in name:
                 parameter.data += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(folder)
-        save_tokenizer(folder, qwen_cutting())
+        train_tokenizer(folder, qwen_cutting())
         return folder
 
     return make
