@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moqe.errors import ModelError, RecipeError, did_you_mean
+from moqe.recipe import Recipe, load_recipe
 from moqe.store import digest_file, read_json
 
 MODELS = ("tiny-qwen3",)
@@ -26,3 +27,8 @@ def bundled_model(name: str) -> Path:
         if not (folder / file).is_file() or digest_file(folder / file) != digest:
             raise ModelError(f"{folder / file} is missing or damaged: install moqe again")
     return folder
+
+
+def quickstart_recipe() -> Recipe:
+    """The recipe of `moqe quickstart`: six 4-bit experts of the bundled model."""
+    return load_recipe(Path(__file__).parent / "quickstart.yaml")
