@@ -18,7 +18,8 @@ class FittedRouter:
     """A router to deploy and how it came about.
 
     router: with the guard, if the recipe wants one. unguarded: the same without. candidates: what was compared, on
-    unseen samples; for `paper` its one line on validation. history: the epochs of the paper's network. guard: None without one.
+    unseen samples; for `paper` its one line on validation. history: the epochs of the paper's network. guard: None
+    without one, or where there was nothing to guard.
     """
 
     router: Router

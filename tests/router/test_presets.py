@@ -1,0 +1,151 @@
+import json
+import logging
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from moqe.errors import DataError, RecipeError
+from moqe.recipe import Balance
+from moqe.recipe import Router as Options
+from moqe.router import GuardedRouter, choose, fit_paper, fit_tuned, realised_losses
+from moqe.router import presets as module
+from moqe.router.baselines import Constant
+from moqe.router.network_router import NetworkRouter
+
+
+def realised(router, examples) -> float:
+    return float(realised_losses(examples.losses, choose(router.predict(examples.features))).mean())
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.steps: dict[str, list[int]] = {}
+
+    @contextmanager
+    def track(self, what, total):
+        done = self.steps.setdefault(what, [0, total])
+
+        def advance(steps):
+            done[0] += steps
+
+        yield advance
+
+
+def test_paper_learns_a_planted_signal_with_the_papers_network(planted):
+    train, validation, test = planted(96, 0.2, 1), planted(48, 0.2, 2), planted(120, 0.2, 3)
+    progress = Recorder()
+    options = Options(preset="paper", learning_rate=2e-3)
+    fitted = fit_paper(options, train, validation, 0, progress=progress)
+    assert isinstance(fitted.unguarded, NetworkRouter)
+    assert fitted.unguarded.network.options == {
+        "dimension": 16, "experts": 3, "layers": 2, "heads": 4, "dropout": 0.1,
+        "max_tokens": 512, "width": None, "segment": 1,
+    }  # fmt: skip
+    assert len(fitted.history) == 10
+    assert progress.steps == {"train the paper's router": [10, 10]}
+    assert fitted.guard is not None
+    assert fitted.guard.kept
+    assert isinstance(fitted.router, GuardedRouter)
+    assert realised(fitted.router, test) < float(test.losses[:, validation.best_single].mean()) - 0.05
+
+
+def test_the_papers_numbers():
+    training = module.PAPER["text"].training
+    assert (training.objective, training.batch_size, training.accumulation) == ("cross_entropy", 8, 6)
+    assert (training.learning_rate, training.weight_decay) == (5e-5, 0.01)
+    balance = Options(preset="paper").balance
+    assert (balance.usage_decay, balance.bias_strength, balance.noise_scale, balance.temperature) == (
+        0.8,
+        0.8,
+        1.0,
+        1.0,
+    )
+
+
+def test_tuned_finds_a_planted_signal_and_says_what_it_compared(planted):
+    train, validation, test = planted(96, 0.2, 1), planted(32, 0.2, 2), planted(120, 0.2, 3)
+    progress = Recorder()
+    fitted = fit_tuned(Options(epochs=4), train, validation, 0, progress=progress)
+    names = ["linear", "knn", "network-cross_entropy", "network-expected_loss", "network-centred_regression"]
+    assert [candidate.name for candidate in fitted.candidates] == names
+    assert progress.steps == {"compare routers": [20, 20]}
+    assert fitted.chosen == min(fitted.candidates, key=lambda candidate: candidate.loss).name
+    assert fitted.guard is not None
+    assert fitted.guard.kept
+    assert realised(fitted.router, test) < float(test.losses[:, validation.best_single].mean()) - 0.05
+    described = json.loads(json.dumps(fitted.to_json(), allow_nan=False))
+    assert [row["name"] for row in described["candidates"]] == names
+    assert described["guard"]["gain"]["documents"] == 32
+
+
+def test_tuned_is_constant_where_nothing_can_be_learnt(planted):
+    """Experts differ a lot on average and not at all by input: any other choice is a loss."""
+    train, validation = planted(96, 0.0, 1), planted(32, 0.0, 2)
+    for examples in (train, validation):
+        examples.losses[:, 1] -= 0.05
+    fitted = fit_tuned(Options(epochs=2), train, validation, 0)
+    assert fitted.chosen == "constant"
+    assert isinstance(fitted.router, Constant)
+    assert set(choose(fitted.router.predict(train.features)).tolist()) == {1}
+    assert fitted.to_json()["guard"] is None
+
+
+def test_what_the_recipe_sets_replaces_the_preset(planted):
+    train, validation = planted(24, 0.2, 1), planted(16, 0.2, 2)
+    options = Options(
+        preset="paper", objective="expected_loss", epochs=1, layers=1, heads=2, dropout=0.0, max_tokens=6, guard=False
+    )
+    fitted = fit_paper(options, train, validation, 0)
+    assert fitted.router is fitted.unguarded
+    assert fitted.guard is None
+    assert isinstance(fitted.router, NetworkRouter)
+    chosen = fitted.router.network.options
+    assert (chosen["layers"], chosen["heads"], chosen["dropout"], chosen["max_tokens"]) == (1, 2, 0.0, 6)
+    only = fit_tuned(Options(objective="centred_regression", epochs=1), train, validation, 0)
+    assert [candidate.name for candidate in only.candidates] == ["network-centred_regression"]
+
+
+def test_balance_is_the_papers_and_only_on_request_in_tuned(planted, monkeypatch):
+    seen: dict[str, Balance | None] = {}
+    original = module.train_network
+
+    def spy(make, train, validation, training, seed, name, epoch_done):
+        seen[name] = training.balance
+        return original(make, train, validation, training, seed, name, epoch_done)
+
+    monkeypatch.setattr(module, "train_network", spy)
+    train, validation = planted(24, 0.2, 1), planted(16, 0.2, 2)
+    fit_paper(Options(preset="paper", epochs=1), train, validation, 0)
+    assert seen.pop("paper") == Balance()
+    fit_tuned(Options(epochs=1), train, validation, 0)
+    assert set(seen.values()) == {None}
+    fit_tuned(Options(epochs=1, balance=Balance(usage_decay=0.5)), train, validation, 0)
+    assert seen["network-expected_loss"] == Balance(usage_decay=0.5)
+    assert seen["network-centred_regression"] is None
+    with pytest.raises(RecipeError, match=r"router\.balance"):
+        fit_paper(Options(preset="paper", objective="centred_regression", balance=Balance()), train, validation, 0)
+
+
+def test_compute_is_capped_with_a_warning_unless_epochs_are_set(planted, monkeypatch, caplog):
+    train, validation = planted(24, 0.2, 1), planted(16, 0.2, 2)
+    monkeypatch.setattr(module, "MAX_MULTIPLICATIONS", 1.0)
+    with caplog.at_level(logging.WARNING, "moqe"):
+        assert len(fit_paper(Options(preset="paper"), train, validation, 0).history) == 1
+        assert "1 epochs instead of 10" in caplog.text
+        caplog.clear()
+        assert len(fit_paper(Options(preset="paper", epochs=3), train, validation, 0).history) == 3
+    assert caplog.text == ""
+
+
+def test_two_fits_are_equal(planted):
+    train, validation, test = planted(48, 0.2, 1), planted(24, 0.2, 2), planted(24, 0.2, 3)
+    for fit, preset in ((fit_paper, "paper"), (fit_tuned, "tuned")):
+        one, two = (fit(Options(preset=preset, epochs=2), train, validation, 5) for _ in range(2))
+        assert one.to_json() == two.to_json()
+        assert torch.equal(one.unguarded.predict(test.features), two.unguarded.predict(test.features))
+
+
+def test_too_few_documents_to_compare(planted):
+    with pytest.raises(DataError, match="add documents"):
+        fit_tuned(Options(), planted(8, 0.2, 1), planted(4, 0.2, 2), 0)
