@@ -53,13 +53,13 @@ def difference_plot(found: ProtocolVerdict) -> str:
     decisive = max([extent for extent, line in zip(reach, rows, strict=True) if line.kind == "mixture"], default=0.0)
     limit = 1.15 * max(min(max(reach), 4 * sorted(reach)[len(reach) // 2]), decisive, 1e-6)
     with _figure(0.9 + 0.27 * len(rows), left=0.30, right=0.86) as (figure, axes):
-        for y, (line, extent) in enumerate(zip(rows, reach, strict=True)):
+        for y, line in enumerate(rows):
             d = line.difference
             assert d is not None
             colour = ACCENT if line.kind == "mixture" else (MUTED if line.kind in ("no skill", "bound") else INK)
-            if extent <= limit and d.low is not None and d.high is not None:
-                axes.plot([d.low, d.high], [y, y], color=colour, linewidth=2, solid_capstyle="round")
             inside = abs(d.value) <= limit
+            if inside and d.low is not None and d.high is not None:
+                axes.plot([d.low, d.high], [y, y], color=colour, linewidth=2, solid_capstyle="round")
             position = d.value if inside else limit * 0.98 * (1 if d.value > 0 else -1)
             marker = "o" if inside else (">" if d.value > 0 else "<")
             axes.plot([position], [y], marker, color=colour, markersize=7 if line.kind == "mixture" else 5.5)
@@ -80,7 +80,7 @@ def share_plot(found: ProtocolVerdict) -> str:
     rows = [("all", found.mixture.share), *((row.domain, row.share) for row in found.domains[::-1])]
     names = list(found.experts)
     legend_lines = (len(names) + 2) // 3
-    with _figure(0.75 + 0.34 * len(rows) + 0.24 * legend_lines, left=0.30, right=0.97) as (figure, axes):
+    with _figure(0.5 + 0.34 * len(rows) + 0.24 * legend_lines, left=0.30, right=0.93) as (figure, axes):
         for y, (_, share) in enumerate(rows):
             start = 0.0
             for index, name in enumerate(names):
@@ -97,13 +97,14 @@ def share_plot(found: ProtocolVerdict) -> str:
         figure.legend(
             loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, handlelength=0.9, labelcolor=INK
         )
-        figure.subplots_adjust(top=1 - (0.1 + 0.24 * legend_lines) / figure.get_figheight())
+        height = figure.get_figheight()
+        figure.subplots_adjust(top=1 - (0.1 + 0.24 * legend_lines) / height, bottom=0.3 / height)
         return _svg(figure, f"share-{found.protocol}", "Share of samples that each expert gets, by domain")
 
 
 def curve_plot(found: ProtocolVerdict, curve: Curve, label: str) -> str:
     """Mean value when a growing share of samples leaves the best single expert; SVG. `label` names the metric."""
-    with _figure(3.1, left=0.17, right=0.97) as (figure, axes):
+    with _figure(3.2, left=0.17, right=0.97) as (figure, axes):
         share = [100 * value for value in curve.share]
         axes.plot(share, curve.random, color=MUTED, linewidth=1.5, linestyle=(0, (4, 3)), label="random order")
         axes.plot(share, curve.oracle, color=MUTED, linewidth=1.5, label="oracle")
@@ -121,13 +122,13 @@ def curve_plot(found: ProtocolVerdict, curve: Curve, label: str) -> str:
         figure.legend(
             loc="upper left",
             bbox_to_anchor=(0.0, 1.0),
-            ncols=4,
+            ncols=2,
             frameon=False,
-            handlelength=1.4,
+            handlelength=1.6,
             labelcolor=INK,
             columnspacing=1.2,
         )
-        figure.subplots_adjust(top=0.87)
+        figure.subplots_adjust(top=0.82)
         return _svg(figure, f"curve-{found.protocol}", "Mean loss against the share of samples routed away")
 
 

@@ -1,0 +1,75 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moqe.errors import CheckpointError
+from moqe.evaluate import judge
+from moqe.evaluate.loss_table import LossTable
+from moqe.evaluate.publish import gather, publish
+from moqe.evaluate.verdict import ExpertSummary, Verdict
+from moqe.folder import MixtureFolder
+from moqe.recipe import Recipe, parse_recipe
+from moqe.store import write_json
+
+RECIPE = {
+    "base": "somebody/model",
+    "data": {"calibration": ["a.txt"], "router": ["b.txt"], "test": ["c.txt"], "window": 128},
+    "experts": [
+        {"name": "rtn", "method": "rtn", "scheme": "w4a16"},
+        {"name": "theirs", "checkpoint": "somebody/quantized"},
+    ],
+}
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return parse_recipe(RECIPE)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> MixtureFolder:
+    place = MixtureFolder(tmp_path)
+    layers = [
+        {"name": "model.layers.0.mlp.up_proj.weight", "substituted": ""},
+        {"name": "model.layers.0.mlp.down_proj.weight", "substituted": "rows of 100 do not fit: rtn"},
+    ]
+    write_json(place.certificate("rtn"), {"layers": layers})
+    gain = {"value": 0.01, "standard_error": 0.004, "documents": 9}
+    candidates = [{"name": name, "loss": 3.0, "gain": gain} for name in ("linear", "knn")]
+    selection = {"deployed": "tuned", "tuned": {"chosen": "knn", "candidates": candidates}, "paper": {}}
+    write_json(place.router("whole") / "selection.json", selection)
+    return place
+
+
+def test_the_context_comes_from_certificates_and_selection(place: MixtureFolder, recipe: Recipe) -> None:
+    context = gather(place, recipe, ("whole", "prefix-64"))
+    assert [(one.expert, one.layer) for one in context.substitutions] == [
+        ("rtn", "model.layers.0.mlp.down_proj.weight")
+    ]
+    assert list(context.candidates) == ["whole"]
+    assert [(row.name, row.chosen) for row in context.candidates["whole"]] == [("linear", False), ("knn", True)]
+    assert "somebody/quantized" in context.recipe_yaml
+
+
+def test_card_and_report_are_written_and_do_not_depend_on_the_folder(
+    place: MixtureFolder, recipe: Recipe, by_hand: Callable[..., LossTable]
+) -> None:
+    test = by_hand([[20.0, 21.0], [22.0, 21.0]] * 4, [19.0] * 8, experts=("rtn", "theirs"))
+    found = judge(test, test, {"mixture": np.arange(8) % 2}, 0, 100)
+    experts = {"rtn": ExpertSummary("rtn", "w4a16", 9, 0.5), "theirs": ExpertSummary("checkpoint", "as stored", 9, 0.0)}
+    verdict = Verdict(recipe.hash, "nats_per_token", "whole", {"whole": found}, experts, 18, 12, 0, 100)
+    publish(place, verdict, recipe)
+    card, report = place.card.read_text(), place.report.read_text()
+    for page in (card, report):
+        assert recipe.hash in page
+        assert "rows of 100 do not fit" in page
+        assert str(place.path) not in page
+        assert place.path.name not in page
+
+
+def test_a_damaged_certificate_is_named(place: MixtureFolder, recipe: Recipe) -> None:
+    place.certificate("rtn").write_text("{")
+    with pytest.raises(CheckpointError, match="certificate"):
+        gather(place, recipe, ("whole",))
