@@ -115,7 +115,8 @@ def test_packing_is_undone_by_unpacking(bits: int, rows: int, columns: int, seed
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(seed))
     words = pack(codes, bits)
     assert words.shape == (rows, packed_words(columns, bits))
-    assert torch.equal(unpack(words, bits, columns), codes.to(torch.uint8))
+    for layout in (words, words.T.contiguous().T):
+        assert torch.equal(unpack(layout, bits, columns), codes.to(torch.uint8))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
