@@ -1,1 +1,41 @@
-"""Mixture of Quantization Experts."""
+"""Mixture of Quantization Experts: several quantized variants of one model, and a router that picks one per input.
+
+    import moqe
+
+    moqe.build("recipe.yaml", "out/mixture")
+    mixture = moqe.load("out/mixture")
+    mixture.route("def main():").expert
+    mixture.generate("The quick brown").text
+    mixture.score("The quick brown fox").perplexity
+
+Every verb of the command line is a function here; errors are subclasses of `MoqeError`.
+"""
+
+from __future__ import annotations
+
+from moqe.build import BuildResult, build, evaluate
+from moqe.bundled import quickstart_recipe
+from moqe.doctor import examine
+from moqe.errors import MoqeError
+from moqe.mixture import Decision, Generation, Mixture, Score, inspect, load
+from moqe.recipe import Recipe, load_recipe, parse_recipe
+from moqe.version import __version__
+
+__all__ = [
+    "BuildResult",
+    "Decision",
+    "Generation",
+    "Mixture",
+    "MoqeError",
+    "Recipe",
+    "Score",
+    "__version__",
+    "build",
+    "evaluate",
+    "examine",
+    "inspect",
+    "load",
+    "load_recipe",
+    "parse_recipe",
+    "quickstart_recipe",
+]

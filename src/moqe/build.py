@@ -1,0 +1,316 @@
+"""From a recipe to a mixture's folder: split, calibrate, quantize, score, train, judge.
+
+Each step leaves its result in the folder, and a step whose result is there is not done again: the same command resumes
+an interrupted build, and ends with the same bytes as an undisturbed one. Nothing that differs between two runs (times,
+host, paths) is written into the folder; times come back in the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moqe.errors import RecipeChanged
+from moqe.evaluate import BASE, LossTableFile, read_losses
+from moqe.evaluate.judge import MIXTURE, judge
+from moqe.evaluate.publish import publish
+from moqe.evaluate.verdict import ExpertSummary, Verdict, read_verdict, write_verdict
+from moqe.folder import MixtureFolder
+from moqe.mixture import read_manifest
+from moqe.progress import Progress, Silent
+from moqe.recipe import Recipe, dump_recipe, load_recipe
+from moqe.router import RoutingExamples, choose, fit_baselines, fit_paper, fit_tuned, load_router, save_router
+from moqe.store import digest_file, disk_bytes, locked, read_json, require_room, write_json, write_text
+from moqe.tasks import TASKS, Task
+
+log = logging.getLogger("moqe")
+
+FORMAT_VERSION = 1
+ROUTER_SPLITS = ("router_train", "router_validation")
+UNGUARDED = "unguarded"  # the deployed router before its guard, for the routing curve
+SHOWN_BASELINES = ("constant", "linear", "knn")
+CHUNK_SAMPLES = 16
+
+
+@dataclass
+class Timings:
+    """Seconds by step, and the process's peak memory in bytes."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Add the time of the block to step `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest resident set so far."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished build: where it is, what it found, how long each step took in this run."""
+
+    folder: Path
+    recipe: str
+    verdict: Verdict
+    seconds: Mapping[str, float]
+    peak_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        from dataclasses import asdict
+
+        return {
+            "folder": str(self.folder),
+            "recipe": self.recipe,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "peak_bytes": self.peak_bytes,
+            "verdict": asdict(self.verdict),
+        }
+
+    def sentence(self) -> str:
+        """Times and memory in one line."""
+        steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
+        return f"{steps}; peak memory {self.peak_bytes / 2**30:.2f} GiB; recipe {self.recipe}"
+
+
+def build(
+    recipe: Recipe | Path | str, folder: Path | str, *, device: str = "cpu", progress: Progress | None = None
+) -> BuildResult:
+    """Build a mixture, or finish a half-built one.
+
+    Raises RecipeError and its kin before any work where the recipe cannot be done; RecipeChanged when the folder holds
+    work of another recipe, base or data; FolderBusy while another process builds there.
+    """
+    parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    place, shown, timings = MixtureFolder(Path(folder)), progress or Silent(), Timings()
+    with locked(place.path):
+        _claim(place, parsed)
+        if not place.manifest.exists():
+            with timings.step("prepare"):
+                task = TASKS[parsed.task](parsed, place.path, device)
+                identity = task.identity()
+                _check_identity(place, identity)
+            with timings.step("experts"):
+                task.make_experts(shown)
+            with timings.step("losses"):
+                _score(task, parsed, place, ROUTER_SPLITS, shown)
+            with timings.step("routers"):
+                _train(task, parsed, place, shown)
+            with timings.step("verdict"):
+                _judge(task, parsed, place, shown)
+            _finish(place, parsed, task, identity)
+        shutil.rmtree(place.work, ignore_errors=True)
+    return BuildResult(place.path, parsed.hash, read_verdict(place.verdict), timings.seconds, timings.peak_bytes)
+
+
+def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | None = None) -> Verdict:
+    """Judge a complete mixture again and write verdict, report and card anew.
+
+    The loss table is used as it is where it is present and was measured on the recipe's samples by its runtime; else
+    every expert is scored again, which needs the base model and the recipe's data.
+    Raises CheckpointError for a folder that holds no complete mixture, RecipeChanged when base or data are others.
+    """
+    place = MixtureFolder(Path(folder))
+    manifest = read_manifest(place)
+    with locked(place.path):
+        recipe = load_recipe(place.recipe)
+        task = TASKS[recipe.task](recipe, place.path, device)
+        _compare_identity(place, task.identity(), manifest["identity"])
+        if not place.losses.exists():
+            _score(task, recipe, place, ROUTER_SPLITS, progress or Silent())
+        _judge(task, recipe, place, progress or Silent())
+        shutil.rmtree(place.work, ignore_errors=True)
+    return read_verdict(place.verdict)
+
+
+def _claim(place: MixtureFolder, recipe: Recipe) -> None:
+    """Make the folder this recipe's. Raises RecipeChanged when it is another's."""
+    if place.recipe.exists():
+        found = load_recipe(place.recipe)
+        if found.hash != recipe.hash:
+            changed = ", ".join(_differences(found, recipe))
+            raise RecipeChanged(
+                f"{place.path} holds work of another recipe ({found.hash}, now {recipe.hash}; changed: {changed}): "
+                "choose another folder, or delete this one"
+            )
+        return
+    strangers = [
+        path.name for path in place.path.iterdir() if path != place.work and not path.name.endswith(".partial")
+    ]
+    if strangers:
+        raise RecipeChanged(f"{place.path} holds other files ({strangers[0]}, ...): choose an empty or new folder")
+    write_text(place.recipe, dump_recipe(recipe))
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [key for key in after if before[key] != after[key]]
+
+
+def _check_identity(place: MixtureFolder, identity: Mapping[str, str]) -> None:
+    """Note what a build works on, or compare with what it began with."""
+    path = place.work / "identity.json"
+    if path.exists():
+        _compare_identity(place, identity, read_json(path))
+    else:
+        write_json(path, dict(identity))
+
+
+def _compare_identity(place: MixtureFolder, now: Mapping[str, str], before: Mapping[str, str]) -> None:
+    changed = [name for name in before if now.get(name) != before[name]]
+    if changed:
+        raise RecipeChanged(
+            f"{place.path} was begun with other inputs than are there now ({', '.join(changed)} changed): "
+            "bring them back, or delete the folder and build again"
+        )
+
+
+def _table(task: Task, recipe: Recipe, place: MixtureFolder, splits: Sequence[str]) -> LossTableFile:
+    names = [BASE, *(expert.name for expert in recipe.experts)]
+    described = {split: task.describe(split) for split in splits}
+    return LossTableFile(place.work / "losses", names, described, task.runtime_name, CHUNK_SAMPLES)
+
+
+def _score(task: Task, recipe: Recipe, place: MixtureFolder, splits: Sequence[str], progress: Progress) -> None:
+    """Score base and experts on the splits, skipping what is scored already."""
+    table = _table(task, recipe, place, splits)
+    for expert in table.experts:
+        pending = [chunk for split in splits for chunk in table.pending(expert, split)]
+        if not pending:
+            continue
+        with progress.track(f"score {expert}", sum(len(chunk.rows) for chunk in pending)) as advance:
+            for chunk in pending:
+                table.add(chunk, task.losses(expert, chunk.split, chunk.rows))
+                advance(len(chunk.rows))
+
+
+def _examples(task: Task, table: Path, split: str, protocol: str) -> RoutingExamples:
+    losses = read_losses(table, split, protocol)
+    return RoutingExamples(
+        task.features(split, protocol), torch.from_numpy(losses.mean), tuple(losses.document.tolist())
+    )
+
+
+def _train(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress) -> None:
+    """Fit the routers of every protocol. `selection.json` is written last and says that a protocol is done."""
+    table = place.work / "router-losses.parquet"
+    _table(task, recipe, place, ROUTER_SPLITS).merge(table)
+    for protocol in task.protocols:
+        done = place.router(protocol) / "selection.json"
+        if done.exists():
+            continue
+        train, validation = (_examples(task, table, split, protocol) for split in ROUTER_SPLITS)
+        paper = fit_paper(recipe.router, train, validation, recipe.seed, task.modality, progress)
+        tuned = fit_tuned(recipe.router, train, validation, recipe.seed, task.modality, progress)
+        deployed = paper if recipe.router.preset == "paper" else tuned
+        baselines = fit_baselines(train, validation, recipe.seed)
+        routers = {MIXTURE: deployed.router, "paper": paper.unguarded, "tuned": tuned.router}
+        routers |= {UNGUARDED: deployed.unguarded}
+        routers |= {name: baselines[name] for name in SHOWN_BASELINES}
+        for name, router in routers.items():
+            save_router(router, place.router(protocol) / name)
+        write_json(
+            done,
+            {
+                "deployed": recipe.router.preset,
+                "experts": [expert.name for expert in recipe.experts],
+                "paper": paper.to_json(),
+                "tuned": tuned.to_json(),
+            },
+        )
+
+
+def _judge(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress) -> None:
+    """Score the test samples where that is not done, judge every protocol, write verdict, report and card."""
+    if not place.losses.exists():
+        _score(task, recipe, place, ("test",), progress)
+        _table(task, recipe, place, (*ROUTER_SPLITS, "test")).merge(place.losses)
+    protocols = {}
+    for protocol in task.protocols:
+        test = read_losses(place.losses, "test", protocol)
+        validation = read_losses(place.losses, "router_validation", protocol)
+        features = task.features("test", protocol)
+        costs = {
+            name: load_router(place.router(protocol) / name).predict(features)
+            for name in (MIXTURE, UNGUARDED, "paper", "tuned", *SHOWN_BASELINES)
+        }
+        unguarded = costs.pop(UNGUARDED).cpu().double().numpy()
+        choices = {name: choose(cost).cpu().numpy().astype(np.int64) for name, cost in costs.items()}
+        protocols[protocol] = judge(
+            test,
+            validation,
+            choices,
+            recipe.seed,
+            recipe.bootstrap_samples,
+            metric=task.metric,
+            predicted=unguarded,
+        )
+    facts = task.facts()
+    experts = {
+        expert.name: ExpertSummary(
+            expert.method or "checkpoint",
+            expert.scheme or "as stored",
+            facts[expert.name].bytes_on_disk,
+            float(facts[expert.name].certificate.get("substituted_share", 0.0)),
+        )
+        for expert in recipe.experts
+    }
+    weights = disk_bytes(place.path / "experts") + disk_bytes(place.shared) - _linked_twice(place)
+    verdict = Verdict(
+        recipe.hash,
+        task.metric,
+        task.protocols[0],
+        protocols,
+        experts,
+        facts[BASE].bytes_on_disk,
+        weights,
+        recipe.seed,
+        recipe.bootstrap_samples,
+    )
+    write_verdict(place.verdict, verdict)
+    publish(place, verdict, recipe)
+
+
+def _linked_twice(place: MixtureFolder) -> int:
+    """Bytes of shared files that experts link to, which a sum over both folders would count twice."""
+    inodes = {path.stat().st_ino for path in (place.path / "experts").rglob("*") if path.is_file()}
+    return sum(path.stat().st_size for path in place.shared.rglob("*") if path.stat().st_ino in inodes)
+
+
+def _finish(place: MixtureFolder, recipe: Recipe, task: Task, identity: Mapping[str, str]) -> None:
+    """Write the manifest, which makes the folder a mixture, and drop the state of the build."""
+    experts = {}
+    for expert in recipe.experts:
+        files = sorted(path for path in place.expert(expert.name).iterdir() if path.is_file())
+        experts[expert.name] = {
+            "method": expert.method or "checkpoint",
+            "scheme": expert.scheme,
+            "files": {path.name: digest_file(path) for path in files},
+        }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.hash,
+        "task": recipe.task,
+        "metric": task.metric,
+        "runtime": task.runtime_name,
+        "protocols": list(task.protocols),
+        "identity": dict(identity),
+        "experts": experts,
+    }
+    write_json(place.manifest, manifest)

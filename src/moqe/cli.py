@@ -1,0 +1,253 @@
+"""The command line. Every verb is a public function of the package; `--json` prints what the function returned.
+
+Mistakes that a user can mend end with one line on standard error and exit code 2; Ctrl-C leaves a folder that the same
+command continues, and exits with 130.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from moqe.errors import MoqeError
+from moqe.progress import Advance
+from moqe.version import __version__
+
+app = typer.Typer(
+    name="moqe",
+    help="Mixture of Quantization Experts: several quantized variants of one model, and a router that picks per input.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Dir = Annotated[Path, typer.Argument(help="The mixture's folder.", metavar="DIR")]
+Text = Annotated[str, typer.Argument(help="The text; `-` reads standard input.")]
+Pin = Annotated[str | None, typer.Option("--expert", help="Use this expert instead of the router's choice.")]
+
+
+class Bars:
+    """Progress bars with time left, on standard error; silent when that is not a terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Advance]:
+        """Show one bar for `total` steps of `what`."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        if not self.console.is_terminal:
+            logging.getLogger("moqe").info("%s (%d steps)", what, total)
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bars:
+            task = bars.add_task(escape(what), total=total)
+            yield lambda steps: bars.advance(task, steps)
+
+
+def _emit(value: Any) -> None:
+    """Print a result as JSON."""
+    content = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _read(text: str) -> str:
+    return sys.stdin.read() if text == "-" else text
+
+
+def _say(message: str = "") -> None:
+    Console().print(message, soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on standard error.")] = False,
+) -> None:
+    if version:
+        _say(f"moqe {__version__}")
+        raise typer.Exit
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Argument(help="Where to put the mixture.", metavar="DIR")] = Path("moqe-quickstart"),
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Build and judge a mixture of the bundled language model: a few minutes, no network."""
+    from moqe.bundled import quickstart_recipe
+
+    _build_and_show(quickstart_recipe(), folder, device, as_json)
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The mixture's folder; by default the recipe's name.")
+    ] = None,
+    device: Device = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print predicted time, RAM and disk; make nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make experts, loss table, router and verdict from a recipe. The same command resumes an interrupted build."""
+    from moqe.recipe import load_recipe
+
+    parsed, target = load_recipe(recipe), folder or Path(recipe.stem)
+    if dry_run:
+        from moqe.build import plan
+        from moqe.evaluate.terminal import plan_table
+
+        prediction = plan(parsed, device)
+        if as_json:
+            _emit(prediction)
+        else:
+            Console().print(plan_table(prediction))
+        return
+    _build_and_show(parsed, target, device, as_json)
+
+
+def _build_and_show(recipe: Any, folder: Path, device: str, as_json: bool) -> None:
+    from moqe.build import build as make
+    from moqe.evaluate.terminal import verdict_renderable
+
+    result = make(recipe, folder, device=device, progress=Bars())
+    if as_json:
+        _emit(result.summary())
+        return
+    Console().print(verdict_renderable(result.verdict))
+    _say(f"[dim]{escape(result.sentence())}[/dim]")
+    _say(f"Report: {escape(str(folder / 'report.html'))}")
+
+
+@app.command()
+def evaluate(folder: Dir, device: Device = "cpu", as_json: Json = False) -> None:
+    """Judge a mixture again: score what is missing from the loss table, then write verdict, report and card."""
+    from moqe.build import evaluate as judge
+    from moqe.evaluate.terminal import verdict_renderable
+
+    verdict = judge(folder, device=device, progress=Bars())
+    if as_json:
+        _emit(verdict)
+    else:
+        Console().print(verdict_renderable(verdict))
+
+
+@app.command()
+def route(
+    folder: Dir, text: Text, protocol: Annotated[str | None, typer.Option()] = None, as_json: Json = False
+) -> None:
+    """Say which expert the router sends a text to, and what it predicts for each."""
+    from moqe.mixture import load
+
+    decision = load(folder).route(_read(text), protocol=protocol)
+    if as_json:
+        _emit(decision)
+        return
+    _say(f"[bold]{escape(decision.expert)}[/bold]  {escape(decision.reason)}")
+    for name, cost in sorted(decision.costs.items(), key=lambda item: item[1]):
+        _say(f"  {escape(name):24} {cost:+.4f} {decision.unit}")
+
+
+@app.command()
+def generate(
+    folder: Dir,
+    text: Text,
+    expert: Pin = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Continue a text with the expert that the router chooses."""
+    from moqe.mixture import load
+
+    answer = load(folder, device=device).generate(
+        _read(text), expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    if as_json:
+        _emit(answer)
+        return
+    _say(escape(answer.text))
+    Console(stderr=True).print(f"[dim]expert: {escape(answer.expert)} ({escape(answer.reason)})[/dim]")
+
+
+@app.command()
+def inspect(
+    folder: Dir,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its digest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a mixture is made of: recipe, experts, certificates, bytes, verdict."""
+    from moqe.evaluate.terminal import inspection_table
+    from moqe.mixture import inspect as look
+
+    found = look(folder, verify=verify)
+    if as_json:
+        _emit(found)
+    else:
+        Console().print(inspection_table(found))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine offers: versions, threads, instruction sets, devices, optional packages."""
+    from moqe.doctor import examine
+
+    report = examine()
+    if as_json:
+        _emit(report)
+        return
+    for section, entries in report.items():
+        _say(f"[bold]{escape(section)}[/bold]")
+        for name, value in entries.items():
+            _say(f"  {escape(name):24} {escape(str(value))}")
+
+
+def main() -> None:
+    """Entry point: run the command line, turn errors into one line and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except MoqeError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        sys.exit(2)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        Console(stderr=True).print("interrupted: the same command continues where it stopped", soft_wrap=True)
+        sys.exit(130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(2)
+        raise

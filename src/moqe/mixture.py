@@ -1,0 +1,219 @@
+"""A mixture from its folder: route a text, score it, continue it.
+
+    mixture = moqe.load("out/quickstart")
+    mixture.route("def main():").expert
+    mixture.generate("The quick brown").text
+
+Opening reads the manifest and the router. An expert's weights are read when it is first used, and its files are then
+compared with the digests in the manifest; embeddings and norms that experts share are in memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moqe.data.protocols import visible_tokens
+from moqe.errors import CheckpointError, MoqeError, did_you_mean
+from moqe.folder import MixtureFolder
+from moqe.formats import open_expert
+from moqe.formats.compressed_tensors import SHARED_TENSORS
+from moqe.models.shared import SharedParts, open_shared
+from moqe.recipe import Recipe, load_recipe
+from moqe.router import TokenFeatures, load_router
+from moqe.router.router import Router
+from moqe.runtimes.reference import ReferenceRuntime
+from moqe.store import digest_file, disk_bytes, read_json
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where the router sends an input, and why.
+
+    costs: the predicted cost of every expert, lower is better, in `unit`: `nats` are predicted losses per token
+    (relative to the experts' mean), `logit` are negative logits, whose differences only rank.
+    """
+
+    expert: str
+    costs: Mapping[str, float]
+    unit: str
+    protocol: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Loss of a text: nats over `tokens` predicted tokens by `expert`, and the perplexity they amount to."""
+
+    nats: float
+    tokens: int
+    perplexity: float
+    expert: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation: its text, its token ids, the expert that wrote it and the reason for the choice."""
+
+    text: str
+    token_ids: list[int]
+    expert: str
+    reason: str
+
+
+class Mixture:
+    """A loaded mixture. Raises CheckpointError when the folder is half-built, damaged or no mixture."""
+
+    def __init__(self, folder: Path | str, device: str = "cpu") -> None:
+        self.folder = MixtureFolder(Path(folder))
+        self.manifest = read_manifest(self.folder)
+        self.recipe: Recipe = load_recipe(self.folder.recipe)
+        self.device = device
+        self.experts: tuple[str, ...] = tuple(self.manifest["experts"])
+        self.protocol: str = self.manifest["protocols"][0]
+        self._shared: SharedParts = open_shared(self.folder.shared, self.folder.shared / SHARED_TENSORS, device)
+        self._routers: dict[str, Router] = {}
+        self._runtimes: dict[str, ReferenceRuntime] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that all experts share."""
+        return self._shared.tokenizer
+
+    def route(self, text: str | Tensor, protocol: str | None = None) -> Decision:
+        """Choose an expert for a text, or for token ids, int64 (tokens,).
+
+        protocol: what the router may see, by default what the mixture was deployed for; `prefix-k` looks at the first
+        k tokens, `whole` at all up to the recipe's window.
+        Raises MoqeError for an empty text or a protocol the mixture has no router for.
+        """
+        name = protocol or self.protocol
+        if name not in self.manifest["protocols"]:
+            raise MoqeError(f"no router for protocol {name!r}; {did_you_mean(name, self.manifest['protocols'])}")
+        ids = self._ids(text)
+        seen = ids[: visible_tokens(name) or self.recipe.data.window]
+        router = self._router(name)
+        costs = router.predict(TokenFeatures(seen[None], self._shared.embedding, self.device))[0]
+        choice = int(costs.argmin())
+        return Decision(
+            self.experts[choice],
+            {expert: float(cost) for expert, cost in zip(self.experts, costs, strict=True)},
+            router.unit,
+            name,
+            f"lowest predicted cost of {len(self.experts)} by {router.name}, seeing {len(seen)} tokens",
+        )
+
+    def score(self, text: str | Tensor, expert: str | None = None) -> Score:
+        """Loss of a text under the routed expert, or under `expert`; every token after the first one counts.
+
+        Raises MoqeError for fewer than two tokens or an unknown expert.
+        """
+        ids = self._ids(text)
+        if len(ids) < 2:
+            raise MoqeError("a text needs at least two tokens to be scored")
+        name, reason = self._choose(ids, expert)
+        nats = self.runtime(name).score(ids[None]).double()
+        mean = float(nats.mean())
+        return Score(float(nats.sum()), int(nats.numel()), float(torch.tensor(mean).exp()), name, reason)
+
+    def generate(
+        self,
+        text: str | Tensor,
+        expert: str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generation:
+        """Continue a text with the routed expert, or with `expert`; temperature 0 takes the most probable token.
+
+        Raises MoqeError for an empty text or an unknown expert.
+        """
+        ids = self._ids(text)
+        name, reason = self._choose(ids, expert)
+        new = self.runtime(name).generate(
+            ids[None], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=self._shared.stop_tokens
+        )
+        return Generation(self.tokenizer.decode(new, skip_special_tokens=True), new, name, reason)
+
+    def runtime(self, expert: str) -> ReferenceRuntime:
+        """The runtime of one expert, loaded and verified on first use. Raises MoqeError on an unknown name."""
+        if expert not in self.experts:
+            raise MoqeError(f"no expert {expert!r} in {self.folder.path}; {did_you_mean(expert, self.experts)}")
+        if expert not in self._runtimes:
+            verify_expert(self.folder, expert, self.manifest["experts"][expert]["files"])
+            files = open_expert(self.folder.expert(expert))
+            self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert)
+        return self._runtimes[expert]
+
+    def _router(self, protocol: str) -> Router:
+        if protocol not in self._routers:
+            self._routers[protocol] = load_router(self.folder.router(protocol) / "mixture")
+        return self._routers[protocol]
+
+    def _choose(self, ids: Tensor, expert: str | None) -> tuple[str, str]:
+        if expert is not None:
+            return expert, "pinned"
+        decision = self.route(ids)
+        return decision.expert, decision.reason
+
+    def _ids(self, text: str | Tensor) -> Tensor:
+        ids = torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64) if isinstance(text, str) else text
+        if ids.numel() == 0:
+            raise MoqeError("the text is empty: give at least one token to route on")
+        return ids
+
+
+def load(folder: Path | str, device: str = "cpu") -> Mixture:
+    """Open a mixture's folder; see `Mixture`."""
+    return Mixture(folder, device)
+
+
+def read_manifest(folder: MixtureFolder) -> dict[str, Any]:
+    """The manifest of a complete mixture. Raises CheckpointError when there is none."""
+    if not folder.manifest.exists():
+        state = "is half-built: run the same `moqe build` again" if folder.recipe.exists() else "holds no mixture"
+        raise CheckpointError(f"{folder.path} {state}")
+    manifest: dict[str, Any] = read_json(folder.manifest)
+    return manifest
+
+
+def verify_expert(folder: MixtureFolder, expert: str, files: Mapping[str, str]) -> None:
+    """Compare an expert's files with their digests. Raises CheckpointError naming the first that differs."""
+    for name, digest in files.items():
+        path = folder.expert(expert) / name
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: build again, or copy the folder again")
+        if digest_file(path) != digest:
+            raise CheckpointError(f"{path} is damaged (its digest is not the manifest's): build or copy it again")
+
+
+def inspect(folder: Path | str, verify: bool = False) -> dict[str, Any]:
+    """What a mixture is made of: recipe, experts with certificates and bytes, protocols, verdict.
+
+    verify: also compare every expert's files with their digests.
+    Raises CheckpointError when the folder is half-built, damaged or no mixture.
+    """
+    place = MixtureFolder(Path(folder))
+    manifest = read_manifest(place)
+    if verify:
+        for name, entry in manifest["experts"].items():
+            verify_expert(place, name, entry["files"])
+    return {
+        "folder": str(place.path),
+        "manifest": manifest,
+        "recipe": load_recipe(place.recipe).model_dump(mode="json", exclude_defaults=True),
+        "certificates": {name: read_json(place.certificate(name)) for name in manifest["experts"]},
+        "bytes": {
+            "folder": disk_bytes(place.path),
+            "shared": disk_bytes(place.shared),
+            "experts": {name: disk_bytes(place.expert(name)) for name in manifest["experts"]},
+        },
+        "verdict": read_json(place.verdict) if place.verdict.exists() else None,
+        "verified": verify,
+    }

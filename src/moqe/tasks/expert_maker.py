@@ -1,0 +1,154 @@
+"""From calibration windows to expert folders: one pass over the blocks makes all experts of a recipe.
+
+Every block is quantized for all experts while it is in memory, written, and dropped. What is on disk is not made again:
+an interrupted run continues with the first block that some expert lacks. An expert with `sequential: true` sees the
+inputs that its own quantized prefix produces; it costs a pass of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from moqe.data.samples import TextSamples
+from moqe.errors import CheckpointError
+from moqe.folder import MixtureFolder
+from moqe.formats import CompressedTensorsWriter, GgufWriter, open_expert, same_tokenizer, write_shared
+from moqe.formats.expert_files import ExpertWriter
+from moqe.formats.safetensors_folder import save_tensors
+from moqe.methods.block import quantize_block
+from moqe.methods.certificate import LayerRecord, certify
+from moqe.models.calibration import CalibratedBlock, calibrate
+from moqe.models.decoder import Decoder
+from moqe.models.skeleton import assign
+from moqe.models.weights import resolve_base
+from moqe.progress import Progress
+from moqe.recipe import Expert, Recipe
+from moqe.schemes import Scheme
+from moqe.store import digest_file, link, read_json, write_json
+
+log = logging.getLogger("moqe")
+
+
+class ExpertMaker:
+    """Makes the experts of a recipe in a mixture's folder.
+
+    schemes: the number format of every expert that has a method. decoder: the base model.
+    """
+
+    def __init__(self, recipe: Recipe, schemes: Mapping[str, Scheme], decoder: Decoder, folder: MixtureFolder) -> None:
+        self.recipe, self.schemes, self.decoder, self.folder = recipe, schemes, decoder, folder
+        self.parameter_dtype = decoder.stored_dtype
+        self.scale_dtype = torch.float16 if self.parameter_dtype == torch.float16 else torch.bfloat16
+
+    def run(self, samples: TextSamples, progress: Progress) -> None:
+        """Make every expert that is not complete. Raises what methods, formats and the base model raise."""
+        write_shared(self.decoder.folder, self.folder.shared)
+        unfinished = [expert for expert in self.recipe.experts if not self.folder.certificate(expert.name).exists()]
+        for expert in unfinished:
+            if expert.checkpoint:
+                self._adopt(expert)
+        together = [expert for expert in unfinished if expert.method and not expert.sequential]
+        passes = [together] if together else []
+        passes += [[expert] for expert in unfinished if expert.method and expert.sequential]
+        for experts in passes:
+            self._one_pass(experts, samples, progress)
+
+    def _one_pass(self, experts: Sequence[Expert], samples: TextSamples, progress: Progress) -> None:
+        """Calibrate once, make all of `experts`."""
+        writers = {expert.name: self._writer(expert) for expert in experts}
+        blocks = range(self.decoder.number_of_blocks)
+        missing = [k for k in blocks if any(not self._done(expert, writers[expert.name], k) for expert in experts)]
+        if missing:
+            sequential = experts[0] if experts[0].sequential else None
+            replace = None if sequential is None else lambda k, block: self._replace(sequential, k, block)
+            calibrated = calibrate(self.decoder, samples, start_block=missing[0], replace=replace, progress=progress)
+            for block in calibrated:
+                for expert in experts:
+                    if not self._done(expert, writers[expert.name], block.index):
+                        self._make(expert, writers[expert.name], block)
+        for expert in experts:
+            writers[expert.name].finish()
+            records = [
+                LayerRecord.from_json(layer) for k in blocks for layer in read_json(self._record(expert, k))["layers"]
+            ]
+            write_json(self.folder.certificate(expert.name), certify(expert, records).to_json())
+
+    def _make(self, expert: Expert, writer: ExpertWriter, block: CalibratedBlock) -> None:
+        """Quantize one block for one expert and write it, its record first: a written block has its record."""
+        result = quantize_block(
+            block.module,
+            block.groups,
+            block.statistics,
+            expert,
+            self.schemes[expert.name],
+            prefix=block.name,
+            scale_dtype=self.scale_dtype,
+            parameter_dtype=self.parameter_dtype,
+        )
+        tensors = result.tensors
+        write_json(self._record(expert, block.index), {"layers": [layer.to_json() for layer in result.layers]})
+        if expert.sequential:
+            plain = {
+                name.removeprefix(f"{block.name}."): value.float() if isinstance(value, Tensor) else value.dequantize()
+                for name, value in tensors.items()
+            }
+            save_tensors(self._replacement(expert, block.index), plain)
+        writer.write(block.index, tensors)
+
+    def _writer(self, expert: Expert) -> ExpertWriter:
+        folder, base, shared = self.folder.expert(expert.name), self.decoder.folder, self.folder.shared
+        scheme, blocks = self.schemes[expert.name], self.decoder.number_of_blocks
+        if scheme.is_block:
+            return GgufWriter(folder, base, shared, scheme, blocks, self.folder.work / "blocks" / expert.name)
+        return CompressedTensorsWriter(folder, base, shared, scheme, blocks)
+
+    def _done(self, expert: Expert, writer: ExpertWriter, block: int) -> bool:
+        return writer.has(block) and self._record(expert, block).exists()
+
+    def _record(self, expert: Expert, block: int) -> Path:
+        return self.folder.work / "records" / expert.name / f"block-{block:05d}.json"
+
+    def _replacement(self, expert: Expert, block: int) -> Path:
+        return self.folder.work / "sequential" / expert.name / f"block-{block:05d}.safetensors"
+
+    def _replace(self, expert: Expert, index: int, block: nn.Module) -> None:
+        """Put an expert's dequantized weights into a block, so that the next block sees what they produce."""
+        for name, tensor in load_file(self._replacement(expert, index)).items():
+            assign(block, name, tensor.to(self.decoder.device, self.decoder.dtype))
+
+    def _adopt(self, expert: Expert) -> None:
+        """Take an existing checkpoint into the mixture: link its files after checking that it belongs to the base.
+
+        Raises CheckpointError for another tokenizer, other shapes or damaged files.
+        """
+        source = Path(expert.checkpoint)
+        if not source.exists():
+            source = resolve_base(expert.checkpoint)
+        files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.is_file())
+        if not files:
+            raise CheckpointError(f"{source} holds no files: give expert {expert.name!r} a checkpoint's folder or file")
+        same_tokenizer(self.decoder.folder, source)
+        opened = open_expert(source)
+        shapes = {
+            name: shape
+            for k in range(self.decoder.number_of_blocks)
+            for name, shape in self.decoder.block_parameters(k).items()
+        }
+        lacking = sorted(set(shapes) - set(opened.names()))
+        if lacking:
+            raise CheckpointError(f"{source} is no checkpoint of this base model: it lacks {lacking[0]}")
+        for path in files:
+            link(path, self.folder.expert(expert.name) / path.name)
+        certificate = {
+            "expert": expert.name,
+            "checkpoint": expert.checkpoint,
+            "format": opened.format,
+            "files": {path.name: digest_file(path) for path in files},
+        }
+        write_json(self.folder.certificate(expert.name), certificate)

@@ -1,0 +1,124 @@
+"""Language models: windows of tokens, experts made block by block, losses in nats per token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moqe.data.protocols import (
+    WHOLE,
+    SampleLosses,
+    SplitSamples,
+    describe_text,
+    prefix_protocol,
+    reduce,
+    visible_tokens,
+)
+from moqe.data.samples import TextSamples
+from moqe.data.splits import make_splits, tokenizer_digest
+from moqe.folder import MixtureFolder
+from moqe.formats import open_expert
+from moqe.methods import check
+from moqe.models.decoder import Decoder
+from moqe.models.identity import model_digest
+from moqe.progress import Progress
+from moqe.recipe import Recipe
+from moqe.router.features import TokenFeatures
+from moqe.runtimes.reference import ReferenceRuntime
+from moqe.store import disk_bytes, read_json
+from moqe.tasks.expert_maker import ExpertMaker
+from moqe.tasks.task import ExpertFacts
+
+log = logging.getLogger("moqe")
+
+
+class LanguageTask:
+    """A causal language model and its experts. Satisfies `Task`."""
+
+    metric = "nats_per_token"
+    modality = "text"
+    runtime_name = "reference"
+
+    def __init__(self, recipe: Recipe, folder: Path, device: str = "cpu") -> None:
+        self.recipe, self.folder, self.device = recipe, MixtureFolder(folder), device
+        self.schemes = {expert.name: check(expert) for expert in recipe.experts if expert.method}
+        self.decoder = Decoder.open(recipe.base, device=device)
+        prefix = prefix_protocol(recipe.protocol.prefix)
+        self.protocols = (prefix, WHOLE) if recipe.protocol.route_on == "prefix" else (WHOLE, prefix)
+        self._runtimes: dict[str, ReferenceRuntime] = {}
+
+    @cached_property
+    def _splits(self) -> dict[str, TextSamples]:
+        splits = make_splits(self.recipe.data, self.decoder.tokenizer, self.recipe.seed)
+        return {
+            "calibration": splits.calibration,
+            "router_train": splits.router_train,
+            "router_validation": splits.router_validation,
+            "test": splits.test,
+        }
+
+    def splits(self) -> Mapping[str, TextSamples]:
+        """`calibration`, `router_train`, `router_validation` and `test`: disjoint documents."""
+        return self._splits
+
+    def describe(self, split: str) -> SplitSamples:
+        """What the loss table records about a split beside losses."""
+        return describe_text(self._splits[split], self.protocols, self._decode)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.decoder.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def identity(self) -> dict[str, str]:
+        """Digests of everything that decides the result beside the recipe."""
+        samples = {f"samples.{name}": split.digest for name, split in self._splits.items()}
+        return {
+            "base": model_digest(self.decoder.folder),
+            "tokenizer": tokenizer_digest(self.decoder.tokenizer),
+            **samples,
+        }
+
+    def make_experts(self, progress: Progress) -> None:
+        """Quantize what is not yet on disk."""
+        ExpertMaker(self.recipe, self.schemes, self.decoder, self.folder).run(self._splits["calibration"], progress)
+
+    def losses(self, expert: str, split: str, rows: Sequence[int]) -> Mapping[str, SampleLosses]:
+        """Losses of an expert (or `base`) on the samples of a split at `rows`, under every protocol, in nats."""
+        token_nats = self._runtime(expert).score(self._splits[split].select(rows).tokens)
+        return {protocol: reduce(token_nats, protocol) for protocol in self.protocols}
+
+    @cached_property
+    def _full(self) -> Any:
+        return self.decoder.full()
+
+    def _runtime(self, expert: str) -> ReferenceRuntime:
+        if expert not in self._runtimes:
+            self._runtimes.clear()  # one expert's dequantized weights at a time
+            files = None if expert == "base" else open_expert(self.folder.expert(expert))
+            self._runtimes[expert] = ReferenceRuntime(self._full, files, name=expert)
+        return self._runtimes[expert]
+
+    @cached_property
+    def _embedding(self) -> Tensor:
+        return self.decoder.embedding()
+
+    def features(self, split: str, protocol: str) -> TokenFeatures:
+        """Embeddings of the tokens that the router may see."""
+        seen = visible_tokens(protocol) or self.recipe.router.max_tokens
+        return TokenFeatures(self._splits[split].tokens[:, :seen], self._embedding, self.device)
+
+    def facts(self) -> dict[str, ExpertFacts]:
+        """Size and certificate of every expert, and the size of `base`."""
+        base_bytes = sum(path.stat().st_size for path in self.decoder.folder.glob("*.safetensors"))
+        experts = {
+            expert.name: ExpertFacts(
+                disk_bytes(self.folder.expert(expert.name)), read_json(self.folder.certificate(expert.name))
+            )
+            for expert in self.recipe.experts
+        }
+        return {"base": ExpertFacts(base_bytes, {}), **experts}

@@ -1,0 +1,81 @@
+"""The seam between modalities: all that build, evaluate and a loaded mixture need to know about language or images.
+
+A task turns a recipe into samples, experts and losses. Above it nobody asks which task it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moqe.data.protocols import SampleLosses, SplitSamples
+from moqe.progress import Progress
+from moqe.router.features import Features
+
+
+class Samples(Protocol):
+    """Routable inputs with the labels that statistics need; see `moqe.data.samples.TextSamples`."""
+
+    @property
+    def document(self) -> tuple[str, ...]:
+        """The unit that is resampled, per sample."""
+
+    @property
+    def domain(self) -> tuple[str, ...]:
+        """The label of each sample in tables and plots."""
+
+    @property
+    def digest(self) -> str:
+        """Names the samples and their order."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, rows: Sequence[int]) -> Samples:
+        """The samples at the given rows, in that order."""
+
+
+@dataclass(frozen=True)
+class ExpertFacts:
+    """What the report says about an expert beside its losses.
+
+    bytes_on_disk counts a tensor shared with other experts in full, as if the expert stood alone.
+    """
+
+    bytes_on_disk: int
+    certificate: Mapping[str, Any]
+
+
+class Task(Protocol):
+    """Language or images, bound to one recipe and one mixture folder.
+
+    metric: what a loss is, `nats_per_token` or `top1`. modality: which networks can route, `text`. runtime_name: what
+    computes the losses. protocols: names of the rules by which a sample is scored, the one that deployment follows
+    first.
+    """
+
+    metric: str
+    modality: str
+    runtime_name: str
+    protocols: tuple[str, ...]
+
+    def splits(self) -> Mapping[str, Samples]:
+        """`calibration`, `router_train`, `router_validation` and `test`: disjoint documents."""
+
+    def describe(self, split: str) -> SplitSamples:
+        """What the loss table records about a split beside losses."""
+
+    def identity(self) -> dict[str, str]:
+        """Digests of everything that decides the result beside the recipe: base weights, tokenizer, samples."""
+
+    def make_experts(self, progress: Progress) -> None:
+        """Quantize what is not yet on disk. Resumable; returns when every expert's folder is whole."""
+
+    def losses(self, expert: str, split: str, rows: Sequence[int]) -> Mapping[str, SampleLosses]:
+        """Losses of an expert (or `base`) on the samples of a split at `rows`, under every protocol, in nats."""
+
+    def features(self, split: str, protocol: str) -> Features:
+        """What the router may see of the samples of a split under a protocol."""
+
+    def facts(self) -> dict[str, ExpertFacts]:
+        """Size and certificate of every expert, and the size of `base`."""
