@@ -266,6 +266,38 @@ def test_a_whole_gptq_model_runs_on_the_skeleton(tmp_path: Path) -> None:
     assert not torch.allclose(got, ReferenceRuntime(model).logits(tokens))
 
 
+def gguf_file(path: Path, tokens: list[str]) -> Path:
+    import gguf
+
+    path.parent.mkdir()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_head_count(2)
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL, gguf.TokenType.NORMAL, gguf.TokenType.NORMAL])
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_files_and_folders_are_opened(tmp_path: Path) -> None:
+    path = gguf_file(tmp_path / "expert" / "model.gguf", ["a", "b", "ab"])
+    (tmp_path / "expert" / "config.json").write_text("{}")  # as on the hub
+    for where in (path, path.parent):
+        files = open_expert(where)
+        assert files.format == "gguf"
+        assert files.names() == ["model.layers.0.input_layernorm.weight"]
+
+
+def test_the_tokenizer_of_a_gguf_file_is_compared(tmp_path: Path) -> None:
+    base = tokenizer(tmp_path / "base", OURS)
+    same_tokenizer(base, gguf_file(tmp_path / "same" / "model.gguf", ["a", "b", "ab"]))
+    with pytest.raises(CheckpointError, match="pieces differ"):
+        same_tokenizer(base, gguf_file(tmp_path / "theirs" / "model.gguf", ["a", "ab", "b"]))
+
+
 def tokenizer(path: Path, content: dict[str, Any], indent: int | None = None) -> Path:
     path.mkdir()
     (path / "tokenizer.json").write_text(json.dumps(content, indent=indent))

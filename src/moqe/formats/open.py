@@ -24,9 +24,9 @@ READERS: dict[str, Callable[[Path, Mapping[str, Any]], ExpertFiles]] = {
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, or a folder of them without a config.json."""
+    """Whether a path is a GGUF file, or a folder of them without safetensors."""
     if path.is_dir():
-        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
     return path.suffix == ".gguf"
 
 
