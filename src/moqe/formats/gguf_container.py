@@ -30,6 +30,7 @@ VERSIONS = (2, 3)
 ALIGNMENT = 32
 WRITE_BYTES = 1 << 24  # a write call copies at most this much
 
+_OURS = frozenset({"general.architecture", "general.alignment"})  # of a file's metadata, what its writer decides
 _TYPES: dict[int, GGMLQuantizationType] = {int(kind): kind for kind in GGMLQuantizationType}
 _SCALARS: dict[int, str] = {
     GGUFValueType.UINT8: "B",
@@ -110,7 +111,7 @@ class Container:
             raise CheckpointError(f"{path} is empty: download or build it again") from error
         try:
             self._read_header()
-        except (struct.error, IndexError, OverflowError, UnicodeDecodeError) as error:
+        except (struct.error, IndexError, OverflowError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{path} is truncated or corrupt in its header: download or build it again"
             ) from error
@@ -126,8 +127,11 @@ class Container:
         return str(self.metadata[key].value) if key in self.metadata else default
 
     def integer(self, key: str, default: int = 0) -> int:
-        """An integer of the metadata."""
-        return int(self.metadata[key].value) if key in self.metadata else default
+        """An integer of the metadata. Raises CheckpointError when the file has something else there."""
+        value = self.metadata[key].value if key in self.metadata else default
+        if not isinstance(value, int):
+            raise CheckpointError(f"{self.path} has {value!r} as {key}, where MoQE needs one integer")
+        return value
 
     def raw(self, name: str) -> Tensor:
         """A tensor's bytes: uint8, `(rows, row bytes)`, copied out of the file."""
@@ -211,8 +215,7 @@ def write_container(
         writer = GGUFWriter(partial, str(metadata["general.architecture"].value))
         try:
             for key, value in metadata.items():
-                # The writer has set the architecture itself, and GGUF's empty arrays have no type.
-                if key != "general.architecture" and value.value != []:
+                if key not in _OURS and value.value != []:  # the gguf package writes no empty arrays
                     writer.add_key_value(key, _encoded(value), value.type, value.element)
             for record in records:
                 kind = GGMLQuantizationType[record.type]
