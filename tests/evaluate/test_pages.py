@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from moqe.evaluate import judge, read_verdict, write_verdict
 from moqe.evaluate.card import render_card
@@ -14,7 +14,7 @@ from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.plots import curve_plot, difference_plot, share_plot
 from moqe.evaluate.report import render_report
-from moqe.evaluate.terminal import verdict_renderable
+from moqe.evaluate.terminal import inspection_table, plan_table, verdict_renderable
 from moqe.evaluate.verdict import ExpertSummary, Verdict
 
 HOSTILE = "<script>alert('x')</script> & | `co`\n$de$ --"
@@ -22,6 +22,7 @@ CONTEXT = ReportContext(
     base="somebody/model",
     recipe_yaml="base: somebody/model\nexperts: []\n",
     candidates={"whole": (CandidateRow("linear", 3.1, 0.01, 0.004, True), CandidateRow("knn", 3.2, 0.0, None, False))},
+    guards={"whole": "The guard kept the router."},
     substitutions=(Substitution("rtn", "model.layers.0.mlp.up_proj.weight", "rows of 100 do not fit"),),
 )
 
@@ -170,3 +171,34 @@ def test_a_single_expert_can_be_reported(by_hand: Callable[..., LossTable]) -> N
     verdict = Verdict("0" * 16, "nats_per_token", "whole", {"whole": found}, {"only": expert}, 2, 1, 0, 100)
     parsed(render_report(verdict, CONTEXT))
     assert "every sample goes to only" in render_card(verdict, CONTEXT)
+
+
+def shown(renderable: RenderableType) -> str:
+    target = StringIO()
+    Console(file=target, width=100).print(renderable)
+    return target.getvalue()
+
+
+def test_a_plan_is_written_in_units() -> None:
+    text = shown(plan_table({"calibration_seconds": 90.4, "peak_bytes": 3 * 2**30, "disk": {"gptq_bytes": 2**20}}))
+    assert [line.split() for line in text.splitlines() if line.strip()][2:] == [
+        ["calibration", "90", "s"],
+        ["peak", "3.00", "GiB"],
+        ["disk", "gptq", "1.0", "MiB"],
+    ]
+
+
+def test_an_inspection_lists_experts_and_outcome() -> None:
+    found = {
+        "folder": "mixture",
+        "certificates": {
+            "rtn": {"method": "rtn", "scheme": "w4a16", "bits_per_weight": 4.25, "substituted_share": 0.5},
+            "theirs": {},
+        },
+        "bytes": {"folder": 4096, "shared": 1024, "experts": {"rtn": 2048, "theirs": 512}},
+        "verdict": {"recipe": "0" * 16, "protocols": {"whole": {"sentence": "The mixture does not win here."}}},
+        "verified": True,
+    }
+    text = shown(inspection_table(found))
+    for wanted in ("4.250", "50.0 %", "2.0 KiB", "theirs", "does not win here", "digest"):
+        assert wanted in text

@@ -38,7 +38,9 @@ def place(tmp_path: Path) -> MixtureFolder:
     write_json(place.certificate("rtn"), {"layers": layers})
     gain = {"value": 0.01, "standard_error": 0.004, "documents": 9}
     candidates = [{"name": name, "loss": 3.0, "gain": gain} for name in ("linear", "knn")]
-    selection = {"deployed": "tuned", "tuned": {"chosen": "knn", "candidates": candidates}, "paper": {}}
+    guard = {"kept": True, "fallback": 1, "margin": 0.0, "switched": 0.25, "gain": gain}
+    tuned = {"chosen": "knn", "candidates": candidates, "guard": guard}
+    selection = {"deployed": "tuned", "experts": ["rtn", "theirs"], "tuned": tuned, "paper": {}}
     write_json(place.router("whole") / "selection.json", selection)
     return place
 
@@ -50,6 +52,8 @@ def test_the_context_comes_from_certificates_and_selection(place: MixtureFolder,
     ]
     assert list(context.candidates) == ["whole"]
     assert [(row.name, row.chosen) for row in context.candidates["whole"]] == [("linear", False), ("knn", True)]
+    assert "kept the router" in context.guards["whole"]
+    assert "25 % of the samples moved away from theirs" in context.guards["whole"]
     assert "somebody/quantized" in context.recipe_yaml
 
 

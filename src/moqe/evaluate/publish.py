@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moqe.evaluate import format as write
 from moqe.evaluate.card import write_card
 from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
 from moqe.evaluate.report import write_report
@@ -32,11 +33,13 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...]) -> 
                 for layer in layers
                 if layer["substituted"]
             ]
-    selections = {name: place.router(name) / "selection.json" for name in protocols}
+    paths = {name: place.router(name) / "selection.json" for name in protocols}
+    selections = {name: read_json(path) for name, path in paths.items() if path.exists()}
     return ReportContext(
         base=recipe.base,
         recipe_yaml=dump_recipe(recipe),
-        candidates={name: _candidates(read_json(path)) for name, path in selections.items() if path.exists()},
+        candidates={name: _candidates(selection) for name, selection in selections.items()},
+        guards={name: _guard(selection) for name, selection in selections.items()},
         substitutions=tuple(substituted),
     )
 
@@ -53,4 +56,19 @@ def _candidates(selection: Mapping[str, Any]) -> tuple[CandidateRow, ...]:
             row["name"] == fitted["chosen"],
         )
         for row in fitted["candidates"]
+    )
+
+
+def _guard(selection: Mapping[str, Any]) -> str:
+    """What the guard of the deployed router saw and did; empty where there is none."""
+    guard = selection[selection["deployed"]]["guard"]
+    if guard is None:
+        return ""
+    gain, fallback = guard["gain"], selection["experts"][guard["fallback"]]
+    seen = f"{write.signed(gain['value'])} \N{PLUS-MINUS SIGN} {write.number(gain['standard_error'])} nats per token"
+    if not guard["kept"]:
+        return f"The guard replaced the router by {fallback}: its gain on validation was {seen}."
+    return (
+        f"The guard kept the router: its gain on validation was {seen}, with {write.percent(guard['switched'])} of the "
+        f"samples moved away from {fallback}."
     )

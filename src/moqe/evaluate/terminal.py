@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
@@ -34,6 +34,30 @@ def verdict_renderable(verdict: Verdict) -> RenderableType:
     return Group(*parts)
 
 
+def plan_table(prediction: Mapping[str, Any]) -> RenderableType:
+    """What a dry run predicts, one row per entry; `_bytes` and `_seconds` at a name's end are its unit."""
+    table = _table("Predicted")
+    table.add_column("", overflow="fold")
+    table.add_column("", justify="right", overflow="fold")
+    for name, value in _flat(prediction):
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """The entries of nested mappings, names joined by a space, values as text."""
+    for key, value in content.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name} ")
+        elif name.endswith("_bytes"):
+            yield name.removesuffix("_bytes").replace("_", " "), write.size(value)
+        elif name.endswith("_seconds"):
+            yield name.removesuffix("_seconds").replace("_", " "), f"{value:,.0f} s"
+        else:
+            yield name.replace("_", " "), str(value)
+
+
 def inspection_table(found: Mapping[str, Any]) -> RenderableType:
     """What `inspect` returned: experts with bytes and substitutions, the recipe's hash, the outcome."""
     table = _table(f"Mixture {found['folder']}")
@@ -44,11 +68,11 @@ def inspection_table(found: Mapping[str, Any]) -> RenderableType:
     for name, certificate in found["certificates"].items():
         table.add_row(
             Text(name),
-            Text(certificate["method"]),
-            Text(certificate["scheme"]),
-            write.number(certificate["bits_per_weight"], 3),
+            Text(certificate.get("method", "checkpoint")),
+            Text(certificate.get("scheme", "as stored")),
+            write.number(certificate.get("bits_per_weight"), 3),
             write.size(found["bytes"]["experts"][name]),
-            write.percent(certificate["substituted_share"], 1),
+            write.percent(certificate.get("substituted_share"), 1),
         )
     parts: list[RenderableType] = [table]
     sizes = found["bytes"]
