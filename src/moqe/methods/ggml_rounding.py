@@ -1,11 +1,15 @@
 """Round a weight matrix to one of ggml's block types with the least weighted squared error that the search finds.
 
-Cost: 0.1 to 0.3 microseconds a weight on one core, about twice ggml's own K-quant search, plus a few megabytes: rows
-are done in chunks that stay in the processor's cache. A row's result does not depend on the other rows.
+Cost: 0.05 to 0.25 microseconds a weight on one core, about twice ggml's own K-quant search, plus a few megabytes: rows
+are done in chunks that stay in the processor's cache. A row's result does not depend on the other rows. On the CPU each
+chunk belongs to one thread: its thousands of short operations would otherwise wait for each other's threads, which on a
+busy machine was measured to take thirty times as long.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +22,8 @@ from moqe.methods.ggml_superblocks import fit_affine, fit_symmetric
 from moqe.quantized import BlockTensor
 from moqe.schemes import Scheme
 
-_CHUNK = 1 << 17  # weights at a time
+_CPU_CHUNK = 1 << 17  # weights at a time: what stays in a core's cache
+_DEVICE_CHUNK = 1 << 22  # what keeps an accelerator busy
 
 
 @dataclass(frozen=True)
@@ -86,25 +91,43 @@ def round_to_blocks(weight: Tensor, weighting: Tensor | None, scheme: Scheme) ->
     Raises UnsupportedLayer where rows are not made of whole blocks; NumericalError where weights are not finite, and
     where they are so large that a scale would overflow float16.
     """
-    columns = weight.shape[1]
+    weight, columns = weight.detach(), weight.shape[1]
     if columns % scheme.block_size:
+        fix = (
+            "block_fallback to a type with blocks of 32 (q4_0, q4_1, q5_0, q8_0), or " if scheme.block_size > 32 else ""
+        )
         raise UnsupportedLayer(
-            f"rows of {columns} weights are not made of {scheme.name} blocks of {scheme.block_size}: set "
-            "block_fallback to a type with blocks of 32 (q4_0, q4_1, q5_0, q8_0), or on_unsupported"
+            f"rows of {columns} weights are not made of {scheme.name} blocks of {scheme.block_size}: "
+            f"set {fix}on_unsupported to keep"
         )
     grid = GRIDS[scheme.name]
     _check_range(weight, grid, scheme)
-    rows = max(1, _CHUNK // columns)
-    parts = [
-        _round(weight[start : start + rows], _rows_of(weighting, start, rows), grid, scheme)
-        for start in range(0, weight.shape[0], rows)
-    ]
+    rows = max(1, (_CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK) // columns)
+    parts = _each_in_one_thread(
+        lambda start: _round(weight[start : start + rows], _rows_of(weighting, start, rows), grid, scheme),
+        range(0, weight.shape[0], rows),
+        weight.device,
+    )
     fields = {name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields}
     return BlockTensor(torch.cat([part.codes for part in parts]), fields, scheme=scheme)
 
 
 def _rows_of(weighting: Tensor | None, start: int, rows: int) -> Tensor | None:
     return weighting if weighting is None or weighting.dim() == 1 else weighting[start : start + rows]
+
+
+def _each_in_one_thread(
+    task: Callable[[int], BlockTensor], starts: Sequence[int], device: torch.device
+) -> list[BlockTensor]:
+    """The tasks' results in order, at most as many at a time as torch has threads, each on a single one."""
+    threads = torch.get_num_threads()
+    if threads == 1 or device.type != "cpu":
+        return [task(start) for start in starts]
+    try:
+        with ThreadPoolExecutor(min(threads, len(starts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(task, starts))
+    finally:
+        torch.set_num_threads(threads)  # the setting is each thread's own, but new threads inherit the latest
 
 
 def _check_range(weight: Tensor, grid: SymmetricGrid | AffineGrid, scheme: Scheme) -> None:

@@ -80,9 +80,13 @@ def reciprocal(values: Tensor) -> Tensor:
 
 
 def to_half(values: Tensor) -> Tensor:
-    """Round to float16's numbers, in float32. What is not zero stays so, and what overflows saturates."""
-    sign = values.sign()
-    return (values.abs().clamp(HALF_MIN, HALF_MAX) * sign).to(torch.float16).to(torch.float32)
+    """Round to float16's numbers, in float32; what overflows saturates."""
+    return values.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).to(torch.float32)
+
+
+def to_half_scale(values: Tensor) -> Tensor:
+    """Like `to_half`, but what is not zero stays so: the smallest scale is better than none."""
+    return to_half(values.abs().clamp(min=HALF_MIN) * values.sign())
 
 
 def better(best: tuple[Tensor, ...] | None, candidate: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -99,7 +103,7 @@ def search_scale(blocks: Blocks, spans: tuple[float, ...], stored: bool) -> Tens
     spans: candidates, as fractions of the scale that just covers the extremes. stored: the scale itself goes to the
     file as float16, so only such scales are considered.
     """
-    keep = to_half if stored else torch.clone
+    keep = to_half_scale if stored else torch.clone
     top, bottom = blocks.x.amax(0), blocks.x.amin(0)
     covering = [torch.maximum(top / blocks.high, bottom / blocks.low)]
     if blocks.low != -blocks.high:
@@ -124,7 +128,6 @@ def search_scale_and_minimum(
     stored: both go to the file as float16, and the minimum may have either sign. Otherwise they are still to be
     multiples of a super-block's, and the minimum must not be negative.
     """
-    keep = to_half if stored else torch.clone
     top, bottom = blocks.x.amax(0), blocks.x.amin(0)
     if not stored:
         top, bottom = top.clamp(min=0), bottom.clamp(max=0)
@@ -146,7 +149,9 @@ def search_scale_and_minimum(
     refit = _solve(raised.moments(raised.codes(*winner)), weight, x, floor)
     best = None
     for scale, minimum in (winner, refit):
-        pair = keep(scale), keep(minimum - bottom)
+        pair = scale, minimum - bottom
+        if stored:
+            pair = to_half_scale(pair[0]), to_half(pair[1])
         best = better(best, (blocks.error(*pair), *pair))
     assert best is not None
     return best[1], best[2]
@@ -155,8 +160,8 @@ def search_scale_and_minimum(
 def _solve(moments: Moments, weight: Tensor, x: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """The least-squares scale and minimum with codes held fixed, the minimum not below `floor`."""
     determinant = weight * moments.qq - moments.q * moments.q
-    regular = determinant > 1e-6 * weight * moments.qq  # else all codes are alike and only the minimum matters
+    regular = determinant > 1e-6 * weight * moments.qq  # else all codes are alike, and the minimum takes what it can
     slope = torch.where(regular, weight * moments.qx - moments.q * x, 0.0) * reciprocal(determinant)
     minimum = torch.maximum((slope * moments.q - x) / weight, floor)
-    scale = torch.where(regular, (moments.qx + minimum * moments.q) * reciprocal(moments.qq), 0.0)
+    scale = (moments.qx + minimum * moments.q) * reciprocal(moments.qq)
     return scale.clamp(min=0), minimum

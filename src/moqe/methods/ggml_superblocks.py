@@ -22,7 +22,7 @@ from moqe.methods.ggml_search import (
     reciprocal,
     search_scale,
     search_scale_and_minimum,
-    to_half,
+    to_half_scale,
     tree_sum,
 )
 
@@ -65,9 +65,9 @@ def fit_symmetric(
 
     best: tuple[Tensor, ...] | None = None
     for divisor in (*range(lowest, lowest + _DIVISORS), *range(highest, highest - _DIVISORS, -1)):
-        scales = integers(to_half(extreme / divisor))
+        scales = integers(to_half_scale(extreme / divisor))
         along = tree_sum(curvature * scales * wanted)
-        d = to_half(along * reciprocal(tree_sum(curvature * scales.square())))
+        d = to_half_scale(along * reciprocal(tree_sum(curvature * scales.square())))
         best = better(best, (tree_sum(curvature * (d * integers(d) - wanted).square_()), d))
     assert best is not None
     d = best[1]
@@ -80,7 +80,7 @@ def fit_symmetric(
     error, scales = found
     moments = blocks.moments(blocks.codes(d * scales, None))
     along, norm = tree_sum(scales * moments.qx), tree_sum(scales.square() * moments.qq)
-    refit = to_half(along * reciprocal(norm))
+    refit = to_half_scale(along * reciprocal(norm))
     falls = tree_sum(blocks.error(refit * scales, None)) < tree_sum(error)
     return SymmetricFit(torch.where(falls, refit, d), scales)
 
@@ -92,10 +92,10 @@ def fit_affine(blocks: Blocks, spans: tuple[tuple[float, float], ...], highest: 
     divisors = range(highest, max(highest - _FACTORS, 0), -1)
     best: tuple[Tensor, ...] | None = None
     for divisor in divisors:
-        d = to_half(largest_scale / divisor)
+        d = to_half_scale(largest_scale / divisor)
         scales = _integers(model.best_scale(model.minimum), d, highest)
         for other in divisors:
-            dmin = to_half(largest_minimum / other)
+            dmin = to_half_scale(largest_minimum / other)
             mins = _integers(model.best_minimum(d * scales), dmin, highest)
             rescaled = _integers(model.best_scale(dmin * mins), d, highest)
             factors = _solve_factors(model.moments, model.weight, model.x, rescaled, mins)
@@ -151,8 +151,13 @@ def _solve_factors(moments: Moments, weight: Tensor, x: Tensor, scales: Tensor, 
     bb, ax = tree_sum(mins.square() * weight), tree_sum(scales * moments.qx)
     bx = tree_sum(mins * x)
     determinant = aa * bb - ab * ab
-    regular = determinant > 1e-6 * aa * bb  # else there are no mins, or no codes, to speak of
-    inverse = torch.where(regular, reciprocal(determinant), 0.0)
-    dmin = ((ab * ax - aa * bx) * inverse).clamp(min=0)
-    d = ((ax + dmin * ab) * reciprocal(aa)).clamp(min=0)
-    return to_half(d), to_half(dmin)
+    inverse = torch.where(determinant > 1e-6 * aa * bb, reciprocal(determinant), 0.0)
+    d, dmin = (ax * bb - ab * bx) * inverse, (ab * ax - aa * bx) * inverse
+    # Where one of them would be negative or the two cannot be told apart, the one that explains more is left.
+    only_d, only_dmin = ax.clamp(min=0) * reciprocal(aa), bx.clamp(max=0).neg() * reciprocal(bb)
+    both = (d > 0) & (dmin > 0)
+    first = ax * only_d >= -bx * only_dmin
+    return (
+        to_half_scale(torch.where(both, d, torch.where(first, only_d, 0.0))),
+        to_half_scale(torch.where(both, dmin, torch.where(first, 0.0, only_dmin))),
+    )
