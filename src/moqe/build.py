@@ -13,32 +13,27 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from moqe.errors import RecipeChanged
 from moqe.evaluate import BASE, LossTableFile, read_losses
-from moqe.evaluate.judge import MIXTURE, judge
 from moqe.evaluate.publish import publish
+from moqe.evaluate.routing import ROUTERS, fit_routers, judge_routers
 from moqe.evaluate.verdict import ExpertSummary, Verdict, read_verdict, write_verdict
 from moqe.folder import MixtureFolder
 from moqe.mixture import read_manifest
 from moqe.progress import Progress, Silent
-from moqe.recipe import Recipe, dump_recipe, load_recipe
-from moqe.router import RoutingExamples, choose, fit_baselines, fit_paper, fit_tuned, load_router, save_router
-from moqe.store import digest_file, disk_bytes, locked, read_json, require_room, write_json, write_text
-from moqe.tasks import TASKS, Task
+from moqe.recipe import Expert, Recipe, dump_recipe, load_recipe
+from moqe.router import load_router, save_router
+from moqe.store import digest_file, disk_bytes, locked, read_json, write_json, write_text
+from moqe.tasks import TASKS, ExpertFacts, Task
 
 log = logging.getLogger("moqe")
 
 FORMAT_VERSION = 1
 ROUTER_SPLITS = ("router_train", "router_validation")
-UNGUARDED = "unguarded"  # the deployed router before its guard, for the routing curve
-SHOWN_BASELINES = ("constant", "linear", "knn")
 CHUNK_SAMPLES = 16
 
 
@@ -73,8 +68,6 @@ class BuildResult:
 
     def summary(self) -> dict[str, Any]:
         """The result as JSON values."""
-        from dataclasses import asdict
-
         return {
             "folder": str(self.folder),
             "recipe": self.recipe,
@@ -200,13 +193,6 @@ def _score(task: Task, recipe: Recipe, place: MixtureFolder, splits: Sequence[st
                 advance(len(chunk.rows))
 
 
-def _examples(task: Task, table: Path, split: str, protocol: str) -> RoutingExamples:
-    losses = read_losses(table, split, protocol)
-    return RoutingExamples(
-        task.features(split, protocol), torch.from_numpy(losses.mean), tuple(losses.document.tolist())
-    )
-
-
 def _train(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress) -> None:
     """Fit the routers of every protocol. `selection.json` is written last and says that a protocol is done."""
     table = place.work / "router-losses.parquet"
@@ -215,25 +201,13 @@ def _train(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress)
         done = place.router(protocol) / "selection.json"
         if done.exists():
             continue
-        train, validation = (_examples(task, table, split, protocol) for split in ROUTER_SPLITS)
-        paper = fit_paper(recipe.router, train, validation, recipe.seed, task.modality, progress)
-        tuned = fit_tuned(recipe.router, train, validation, recipe.seed, task.modality, progress)
-        deployed = paper if recipe.router.preset == "paper" else tuned
-        baselines = fit_baselines(train, validation, recipe.seed)
-        routers = {MIXTURE: deployed.router, "paper": paper.unguarded, "tuned": tuned.router}
-        routers |= {UNGUARDED: deployed.unguarded}
-        routers |= {name: baselines[name] for name in SHOWN_BASELINES}
-        for name, router in routers.items():
-            save_router(router, place.router(protocol) / name)
-        write_json(
-            done,
-            {
-                "deployed": recipe.router.preset,
-                "experts": [expert.name for expert in recipe.experts],
-                "paper": paper.to_json(),
-                "tuned": tuned.to_json(),
-            },
+        train, validation = (
+            (read_losses(table, split, protocol), task.features(split, protocol)) for split in ROUTER_SPLITS
         )
+        fitted = fit_routers(train, validation, recipe.router, task.modality, recipe.seed, progress)
+        for name, router in fitted.routers.items():
+            save_router(router, place.router(protocol) / name)
+        write_json(done, dict(fitted.selection))
 
 
 def _judge(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress) -> None:
@@ -241,50 +215,43 @@ def _judge(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress)
     if not place.losses.exists():
         _score(task, recipe, place, ("test",), progress)
         _table(task, recipe, place, (*ROUTER_SPLITS, "test")).merge(place.losses)
-    protocols = {}
-    for protocol in task.protocols:
-        test = read_losses(place.losses, "test", protocol)
-        validation = read_losses(place.losses, "router_validation", protocol)
-        features = task.features("test", protocol)
-        costs = {
-            name: load_router(place.router(protocol) / name).predict(features)
-            for name in (MIXTURE, UNGUARDED, "paper", "tuned", *SHOWN_BASELINES)
-        }
-        unguarded = costs.pop(UNGUARDED).cpu().double().numpy()
-        choices = {name: choose(cost).cpu().numpy().astype(np.int64) for name, cost in costs.items()}
-        protocols[protocol] = judge(
-            test,
-            validation,
-            choices,
+    protocols = {
+        protocol: judge_routers(
+            read_losses(place.losses, "test", protocol),
+            read_losses(place.losses, "router_validation", protocol),
+            task.features("test", protocol),
+            {name: load_router(place.router(protocol) / name) for name in ROUTERS},
             recipe.seed,
             recipe.bootstrap_samples,
-            metric=task.metric,
-            predicted=unguarded,
+            task.metric,
         )
-    facts = task.facts()
-    experts = {
-        expert.name: ExpertSummary(
-            expert.method or "checkpoint",
-            expert.scheme or "as stored",
-            facts[expert.name].bytes_on_disk,
-            float(facts[expert.name].certificate.get("substituted_share", 0.0)),
-        )
-        for expert in recipe.experts
+        for protocol in task.protocols
     }
-    weights = disk_bytes(place.path / "experts") + disk_bytes(place.shared) - _linked_twice(place)
+    facts = task.facts()
     verdict = Verdict(
         recipe.hash,
         task.metric,
         task.protocols[0],
         protocols,
-        experts,
+        {expert.name: _summary(expert, facts[expert.name]) for expert in recipe.experts},
         facts[BASE].bytes_on_disk,
-        weights,
+        disk_bytes(place.path / "experts") + disk_bytes(place.shared) - _linked_twice(place),
         recipe.seed,
         recipe.bootstrap_samples,
     )
     write_verdict(place.verdict, verdict)
     publish(place, verdict, recipe)
+
+
+def _summary(expert: Expert, facts: ExpertFacts) -> ExpertSummary:
+    certificate = facts.certificate
+    return ExpertSummary(
+        expert.method or "checkpoint",
+        expert.scheme or "as stored",
+        facts.bytes_on_disk,
+        float(certificate.get("substituted_share", 0.0)),
+        certificate.get("bits_per_weight"),
+    )
 
 
 def _linked_twice(place: MixtureFolder) -> int:

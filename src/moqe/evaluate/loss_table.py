@@ -5,6 +5,7 @@ On disk one parquet file in long form, one row per sample, expert and protocol; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,3 +53,8 @@ class LossTable:
         """The table of some samples only, by mask or by position."""
         per_sample = ("loss", "base", "halves", "count", "count_halves", "text_bytes", "sample", "document", "domain")
         return replace(self, **{name: getattr(self, name)[rows] for name in per_sample})
+
+    def of(self, experts: Sequence[str]) -> LossTable:
+        """The table of some experts only, in the given order. Raises ValueError for one it does not have."""
+        columns = [self.experts.index(name) for name in experts]
+        return replace(self, experts=tuple(experts), loss=self.loss[:, columns], halves=self.halves[:, columns])

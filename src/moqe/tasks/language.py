@@ -49,7 +49,7 @@ class LanguageTask:
         self.schemes = {expert.name: check(expert) for expert in recipe.experts if expert.method}
         self.decoder = Decoder.open(recipe.base, device=device)
         prefix = prefix_protocol(recipe.protocol.prefix)
-        self.protocols = (prefix, WHOLE) if recipe.protocol.route_on == "prefix" else (WHOLE, prefix)
+        self.protocols: tuple[str, ...] = (prefix, WHOLE) if recipe.protocol.route_on == "prefix" else (WHOLE, prefix)
         self._runtimes: dict[str, ReferenceRuntime] = {}
 
     @cached_property

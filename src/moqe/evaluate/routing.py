@@ -1,0 +1,81 @@
+"""From loss tables to routers, and from routers to a verdict: what a build does once per protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from moqe.evaluate.judge import MIXTURE, judge
+from moqe.evaluate.loss_table import LossTable
+from moqe.evaluate.verdict import ProtocolVerdict
+from moqe.progress import Progress
+from moqe.recipe import Router as RouterOptions
+from moqe.router import Features, Router, RoutingExamples, choose, fit_baselines, fit_paper, fit_tuned
+
+UNGUARDED = "unguarded"  # the deployed router before its guard: what the routing curve is drawn from
+SHOWN_BASELINES = ("constant", "linear", "knn")
+ROUTERS = (MIXTURE, UNGUARDED, "paper", "tuned", *SHOWN_BASELINES)
+
+
+@dataclass(frozen=True)
+class FittedRouters:
+    """The routers of one protocol by name (see ROUTERS), and how they were selected, as JSON values.
+
+    `mixture` is the recipe's preset with its guard; `paper` has none, as in the paper; `tuned` has one.
+    """
+
+    routers: Mapping[str, Router]
+    selection: Mapping[str, Any]
+
+
+def fit_routers(
+    train: tuple[LossTable, Features],
+    validation: tuple[LossTable, Features],
+    options: RouterOptions,
+    modality: str,
+    seed: int,
+    progress: Progress,
+) -> FittedRouters:
+    """Fit both presets and the baselines; train, validation: losses of the router's documents, and what is seen of them.
+
+    Raises DataError when there are too few documents, NumericalError when training diverges.
+    """
+    examples = _examples(*train)
+    unseen = _examples(*validation)
+    paper = fit_paper(options, examples, unseen, seed, modality, progress)
+    tuned = fit_tuned(options, examples, unseen, seed, modality, progress)
+    deployed = paper if options.preset == "paper" else tuned
+    baselines = fit_baselines(examples, unseen, seed)
+    routers = {MIXTURE: deployed.router, UNGUARDED: deployed.unguarded, "paper": paper.unguarded, "tuned": tuned.router}
+    routers |= {name: baselines[name] for name in SHOWN_BASELINES}
+    selection = {
+        "deployed": options.preset,
+        "experts": list(train.experts),
+        "paper": paper.to_json(),
+        "tuned": tuned.to_json(),
+    }
+    return FittedRouters(routers, selection)
+
+
+def judge_routers(
+    test: LossTable,
+    validation: LossTable,
+    features: Features,
+    routers: Mapping[str, Router],
+    seed: int,
+    bootstrap_samples: int,
+    metric: str,
+) -> ProtocolVerdict:
+    """Judge the routers of one protocol on the test samples; `routers` has the names of ROUTERS."""
+    costs = {name: router.predict(features).cpu() for name, router in routers.items()}
+    choices = {name: choose(cost).numpy().astype(np.int64) for name, cost in costs.items() if name != UNGUARDED}
+    predicted = costs[UNGUARDED].double().numpy()
+    return judge(test, validation, choices, seed, bootstrap_samples, metric=metric, predicted=predicted)
+
+
+def _examples(table: LossTable, features: Features) -> RoutingExamples:
+    return RoutingExamples(features, torch.from_numpy(table.mean), tuple(table.document.tolist()))
