@@ -233,10 +233,10 @@ def _round(
         failing = job.method
         try:
             result = failing.quantize(stacked, statistics, job.scheme, expert, scale_dtype, job.notes)
-        except NumericalError as error:
-            _substitute(job, expert, prefix, str(error), stacked.shape[1], NumericalError)
+        except (NumericalError, UnsupportedLayer) as error:
+            _substitute(job, expert, prefix, str(error), stacked.shape[1], type(error))
             if job.method is failing:  # plain rounding fails as well
-                raise NumericalError(f"expert {expert.name!r}, layer {prefix}.{job.group.key}: {error}") from error
+                raise type(error)(f"expert {expert.name!r}, layer {prefix}.{job.group.key}: {error}") from error
     if result is None:
         return [None] * len(weights)
     return split_rows(result, [len(weight) for weight in weights])
