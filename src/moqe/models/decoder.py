@@ -62,8 +62,9 @@ class Decoder:
     def dry(cls, base: str) -> Decoder:
         """A decoder with zeros for weights, from config.json alone: for shapes, groups and dry runs."""
         folder = resolve_base(base)
-        read_config(folder)
-        return cls(folder, ZeroWeights(), "cpu", torch.float32)
+        config = read_config(folder)
+        stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
+        return cls(folder, ZeroWeights(stored), "cpu", torch.float32)
 
     @cached_property
     def tokenizer(self) -> Any:

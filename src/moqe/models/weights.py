@@ -87,13 +87,16 @@ class CheckpointWeights:
 class ZeroWeights:
     """Zeros for every parameter: enough to learn shapes and groups from a config alone."""
 
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = dtype
+
     def names(self) -> Sequence[str]:
         """No names: nothing is stored."""
         return ()
 
     def load(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Zeros, float32."""
-        return torch.zeros(shape)
+        """Zeros, in the type that the real weights would have."""
+        return torch.zeros(shape, dtype=self._dtype)
 
 
 def resolve_base(base: str) -> Path:
