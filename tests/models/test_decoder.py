@@ -146,6 +146,16 @@ def test_model_without_linears_is_refused(tmp_path: Path) -> None:
         Decoder.dry(str(tmp_path))
 
 
+def test_stacked_experts_are_refused(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig
+
+    Qwen3MoeConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_experts=4, vocab_size=64
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\..* outside nn\.Linear"):
+        Decoder.dry(str(tmp_path))
+
+
 def test_missing_tokenizer_is_named(saved: Saved) -> None:
     with pytest.raises(ModelError, match="no usable tokenizer"):
         _ = Decoder.open(str(saved("llama"))).tokenizer

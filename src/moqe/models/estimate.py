@@ -180,8 +180,8 @@ def calibration_bytes(shape: Shape, workload: Workload) -> int:
 
 
 def scoring_bytes(shape: Shape) -> int:
-    """Peak while scoring: the base in float32 and the blocks of one expert, dequantized."""
-    return FLOAT32 * (shape.parameters + shape.blocks * shape.block_parameters)
+    """Peak while scoring: one set of blocks in float32, the base's or an expert's, and what surrounds them, twice."""
+    return FLOAT32 * (shape.parameters + shape.other_parameters)
 
 
 def forward_flops(shape: Shape, tokens: int, window: int) -> float:

@@ -37,7 +37,8 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks and its name: the one ModuleList as long as the config says, holding linears.
 
-    Raises ModelError when there is none, or more than one.
+    Raises ModelError when there is none, or more than one, or when blocks keep matrices that are not nn.Linear, such as
+    stacked experts: they would stay in full precision without a word.
     """
     config: Any = model.config
     found = [
@@ -52,7 +53,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has {len(found)} lists of num_hidden_layers blocks with linears, one is needed: "
             "MoQE walks decoders such as Llama, Qwen2, Qwen3 and Mistral; choose one of these families as base"
         )
-    return found[0]
+    prefix, blocks = found[0]
+    for name, parameter in blocks.named_parameters():
+        if parameter.dim() > 1 and not isinstance(blocks.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            raise ModelError(
+                f"{prefix}.{name} is a matrix outside nn.Linear, which MoQE cannot quantize: choose a dense decoder, "
+                "such as Llama, Qwen2, Qwen3 or Mistral, as base"
+            )
+    return prefix, blocks
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
