@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ WORDS = {
 }
 
 
+torch.set_num_threads(1)  # several test processes share the machine, and one thread sums in one order
+
+
 @pytest.fixture(autouse=True)
-def _deterministic() -> Iterator[None]:
+def _seeded() -> None:
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_texts(folder: Path, documents: int = 12, words: int = 160) -> None:

@@ -13,7 +13,7 @@ Every verb of the command line is a function here; errors are subclasses of `Moq
 
 from __future__ import annotations
 
-from moqe.build import BuildResult, build, evaluate
+from moqe.build import BuildResult, Plan, build, evaluate, plan
 from moqe.bundled import quickstart_recipe
 from moqe.doctor import examine
 from moqe.errors import MoqeError
@@ -27,6 +27,7 @@ __all__ = [
     "Generation",
     "Mixture",
     "MoqeError",
+    "Plan",
     "Recipe",
     "Score",
     "__version__",
@@ -37,5 +38,6 @@ __all__ = [
     "load",
     "load_recipe",
     "parse_recipe",
+    "plan",
     "quickstart_recipe",
 ]

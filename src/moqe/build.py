@@ -24,6 +24,7 @@ from moqe.evaluate.routing import ROUTERS, fit_routers, judge_routers
 from moqe.evaluate.verdict import ExpertSummary, Verdict, read_verdict, write_verdict
 from moqe.folder import MixtureFolder
 from moqe.mixture import read_manifest
+from moqe.models.estimate import Estimate
 from moqe.progress import Progress, Silent
 from moqe.recipe import Expert, Recipe, dump_recipe, load_recipe
 from moqe.router import load_router, save_router
@@ -35,6 +36,28 @@ log = logging.getLogger("moqe")
 FORMAT_VERSION = 1
 ROUTER_SPLITS = ("router_train", "router_validation")
 CHUNK_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build would do and take: the recipe's hash, the experts, and the estimate of `moqe.models.estimate`."""
+
+    recipe: str
+    base: str
+    experts: Mapping[str, str]
+    estimate: Estimate
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as JSON values, units in the names."""
+        numbers = asdict(self.estimate)
+        seconds = numbers.pop("seconds")
+        return {
+            "recipe": self.recipe,
+            "base": self.base,
+            **numbers,
+            **{f"{step}_seconds": round(value, 1) for step, value in seconds.items()},
+            "experts": dict(self.experts),
+        }
 
 
 @dataclass
@@ -110,6 +133,21 @@ def build(
             _finish(place, parsed, task, identity)
         shutil.rmtree(place.work, ignore_errors=True)
     return BuildResult(place.path, parsed.hash, read_verdict(place.verdict), timings.seconds, timings.peak_bytes)
+
+
+def plan(recipe: Recipe | Path | str, device: str = "cpu") -> Plan:
+    """Predict time, memory and disk of a build, and check the recipe, without making anything.
+
+    Needs the base model's config.json only. Sample counts come from the recipe's limits, and from its data where it
+    sets none. Raises what `build` raises for a recipe that cannot be done.
+    """
+    parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return Plan(
+        parsed.hash,
+        parsed.base,
+        {expert.name: expert.checkpoint or f"{expert.method} {expert.scheme}" for expert in parsed.experts},
+        TASKS[parsed.task].predict(parsed, device),
+    )
 
 
 def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | None = None) -> Verdict:

@@ -125,7 +125,7 @@ def build(
         from moqe.build import plan
         from moqe.evaluate.terminal import plan_table
 
-        prediction = plan(parsed, device)
+        prediction = plan(parsed, device).summary()
         if as_json:
             _emit(prediction)
         else:

@@ -54,7 +54,7 @@ def fit_routers(
     routers |= {name: baselines[name] for name in SHOWN_BASELINES}
     selection = {
         "deployed": options.preset,
-        "experts": list(train.experts),
+        "experts": list(train[0].experts),
         "paper": paper.to_json(),
         "tuned": tuned.to_json(),
     }

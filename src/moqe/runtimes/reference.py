@@ -170,9 +170,11 @@ def share(model: nn.Module) -> nn.Module:
 def install(model: nn.Module, expert: ExpertFiles, expert_name: str) -> None:
     """Give a shared copy the expert's parameters and the quantization of its activations.
 
-    Parameters equal to the model's stay shared with it. Raises CheckpointError when the expert has parameters the model
+    The skeleton's blocks may lie on the meta device: the expert fills them. Parameters equal to the model's stay shared
+    with it. Raises CheckpointError when the expert has parameters the model
     lacks, other shapes, or too few to cover the decoder's blocks; NumericalError when a weight is not finite.
     """
+    device = next(tensor.device for tensor in model.parameters() if not tensor.is_meta)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = expert.names()
@@ -190,9 +192,9 @@ def install(model: nn.Module, expert: ExpertFiles, expert_name: str) -> None:
         if weight.shape != old.shape:
             shapes = f"{name} is {tuple(weight.shape)} and should be {tuple(old.shape)}"
             raise CheckpointError(f"expert {expert_name} does not belong to this base model: {shapes}")
-        if isinstance(value, Tensor) and _equal(old, weight):
+        if isinstance(value, Tensor) and not old.is_meta and _equal(old, weight):
             continue
-        weight = weight.to(old.device, old.dtype)
+        weight = weight.to(device, old.dtype)
         if not torch.isfinite(weight).all():
             raise NumericalError(f"expert {expert_name}: {name} is not finite; build it again or remove it")
         replaced[id(old)] = nn.Parameter(weight, requires_grad=False)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-from moqe.recipe import Recipe
 from moqe.tasks.language import LanguageTask
 from moqe.tasks.task import ExpertFacts, Samples, Task
 
-TASKS: dict[str, Callable[[Recipe, Path, str], Task]] = {
+TASKS: dict[str, type[Task]] = {
     "language": LanguageTask,
 }
 

@@ -49,6 +49,7 @@ class ExpertMaker:
     def run(self, samples: TextSamples, progress: Progress) -> None:
         """Make every expert that is not complete. Raises what methods, formats and the base model raise."""
         write_shared(self.decoder.folder, self.folder.shared)
+        write_json(self.folder.shared / "config.json", read_json(self.decoder.folder / "config.json"))
         unfinished = [expert for expert in self.recipe.experts if not self.folder.certificate(expert.name).exists()]
         for expert in unfinished:
             if expert.checkpoint:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -23,9 +22,12 @@ from moqe.data.samples import TextSamples
 from moqe.data.splits import make_splits, tokenizer_digest
 from moqe.folder import MixtureFolder
 from moqe.formats import open_expert
-from moqe.methods import check
+from moqe.formats.compressed_tensors import SHARED_TENSORS
+from moqe.methods import METHODS, check
 from moqe.models.decoder import Decoder
+from moqe.models.estimate import Estimate, Workload, estimate, measure_flops, measure_shape
 from moqe.models.identity import model_digest
+from moqe.models.shared import SharedParts, open_shared
 from moqe.progress import Progress
 from moqe.recipe import Recipe
 from moqe.router.features import TokenFeatures
@@ -51,6 +53,27 @@ class LanguageTask:
         prefix = prefix_protocol(recipe.protocol.prefix)
         self.protocols: tuple[str, ...] = (prefix, WHOLE) if recipe.protocol.route_on == "prefix" else (WHOLE, prefix)
         self._runtimes: dict[str, ReferenceRuntime] = {}
+
+    @classmethod
+    def predict(cls, recipe: Recipe, device: str = "cpu") -> Estimate:
+        """What a build would take, from the base model's config."""
+        schemes = {expert.name: check(expert) for expert in recipe.experts if expert.method}
+        decoder = Decoder.dry(recipe.base)
+        data = recipe.data
+        sizes = [data.calibration_samples, data.router_samples, data.test_samples]
+        if None in sizes:
+            splits = make_splits(data, decoder.tokenizer, recipe.seed)
+            router = len(splits.router_train) + len(splits.router_validation)
+            sizes = [len(splits.calibration), router, len(splits.test)]
+        calibration, *scored = (size or 0 for size in sizes)
+        workload = Workload(
+            window=data.window,
+            calibration_windows=calibration,
+            domains=len({source.label for source in data.calibration}),
+            scored_windows=sum(scored),
+        )
+        rate = measure_flops(device)
+        return estimate(measure_shape(decoder), recipe.experts, schemes, METHODS, workload, rate)
 
     @cached_property
     def _splits(self) -> dict[str, TextSamples]:
@@ -93,14 +116,18 @@ class LanguageTask:
         return {protocol: reduce(token_nats, protocol) for protocol in self.protocols}
 
     @cached_property
-    def _full(self) -> Any:
-        return self.decoder.full()
+    def _shared(self) -> SharedParts:
+        return open_shared(self.folder.shared, self.folder.shared / SHARED_TENSORS, self.device)
 
     def _runtime(self, expert: str) -> ReferenceRuntime:
+        """What scores an expert; only one set of float32 blocks, the base's or an expert's, is in memory at a time."""
         if expert not in self._runtimes:
-            self._runtimes.clear()  # one expert's dequantized weights at a time
-            files = None if expert == "base" else open_expert(self.folder.expert(expert))
-            self._runtimes[expert] = ReferenceRuntime(self._full, files, name=expert)
+            self._runtimes.clear()
+            if expert == "base":
+                self._runtimes[expert] = ReferenceRuntime(self.decoder.full(), name=expert)
+            else:
+                files = open_expert(self.folder.expert(expert))
+                self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert)
         return self._runtimes[expert]
 
     @cached_property

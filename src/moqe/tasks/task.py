@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from moqe.data.protocols import SampleLosses, SplitSamples
+from moqe.models.estimate import Estimate
 from moqe.progress import Progress
+from moqe.recipe import Recipe
 from moqe.router.features import Features
 
 
@@ -58,6 +61,12 @@ class Task(Protocol):
     modality: str
     runtime_name: str
     protocols: tuple[str, ...]
+
+    def __init__(self, recipe: Recipe, folder: Path, device: str) -> None: ...
+
+    @classmethod
+    def predict(cls, recipe: Recipe, device: str) -> Estimate:
+        """What a build would take; makes nothing. Raises what a build would raise about the recipe itself."""
 
     def splits(self) -> Mapping[str, Samples]:
         """`calibration`, `router_train`, `router_validation` and `test`: disjoint documents."""
