@@ -40,8 +40,9 @@ def fit_routers(
     seed: int,
     progress: Progress,
 ) -> FittedRouters:
-    """Fit both presets and the baselines; train, validation: losses of the router's documents, and what is seen of them.
+    """Fit both presets and the baselines.
 
+    train, validation: losses on the router's documents, and what the router sees of them.
     Raises DataError when there are too few documents, NumericalError when training diverges.
     """
     examples = _examples(*train)

@@ -4,6 +4,8 @@ rtn          round to nearest: the baseline
 gptq         Frantar et al. 2023, arXiv 2210.17323
 awq          Lin et al. 2024, arXiv 2306.00978
 smoothquant  Xiao et al. 2023, arXiv 2211.10438
+kquants      ggml's block types, without data
+imatrix      ggml's block types, weighted by the mean square of each input channel
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 from moqe.errors import RecipeError, did_you_mean
 from moqe.methods.awq import Awq
 from moqe.methods.gptq import Gptq
+from moqe.methods.imatrix import Imatrix
+from moqe.methods.kquants import KQuants
 from moqe.methods.method import Method
 from moqe.methods.rtn import Rtn
 from moqe.methods.smoothquant import SmoothQuant
@@ -22,6 +26,8 @@ METHODS: dict[str, Method] = {
     "gptq": Gptq(),
     "awq": Awq(),
     "smoothquant": SmoothQuant(),
+    "kquants": KQuants(),
+    "imatrix": Imatrix(),
 }
 
 GROUP_SIZES = (0, 32, 64, 128)

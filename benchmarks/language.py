@@ -1,0 +1,346 @@
+"""Tables 2, 3 and 4 of the MoQE paper on a language model that fits a laptop, and the quality of the methods.
+
+    python -m benchmarks.language --base MODEL --data TEXTS --work FOLDER [--out docs/results.md]
+
+MODEL is a full-precision folder (docs/results.md says which one was used). TEXTS holds `wikitext2_raw_valid.txt`,
+`wikitext2_raw_test.txt`, `wikitext2_raw_train_first1mb.txt`, `c4_train.parquet`, `c4_eval.parquet`,
+`openwebtext_train.parquet` and `openwebtext_eval.parquet`. FOLDER keeps experts and losses: the command resumes.
+
+All experts are made in one calibration pass and scored once; each table then takes its experts' columns, fits both
+router presets on the router's documents and judges them on the test documents. Calibration, router and test documents
+are disjoint; a difference's interval is a bootstrap over documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.tables import table, write_section
+from moqe.cli import Bars
+from moqe.data.protocols import WHOLE
+from moqe.evaluate import BASE, LossTable, LossTableFile, ProtocolVerdict, intervals, read_losses
+from moqe.evaluate.format import number, percent, share_interval, signed_interval, size
+from moqe.evaluate.routing import fit_routers, judge_routers
+from moqe.recipe import Recipe, parse_recipe
+from moqe.store import read_json, write_json
+from moqe.tasks import LanguageTask
+
+DOMAINS = ("wikitext2", "c4", "openwebtext")
+INT8 = ("gptq-w8a16", "smoothquant-w8a8", "awq-w8a16", "kquants-q8_0", "imatrix-q8_0")
+INT4 = ("gptq-w4a16", "smoothquant-w4a8", "awq-w4a16", "kquants-q4", "imatrix-q4")
+PLAIN = ("rtn-w8a16", "rtn-w4a16")
+INT3 = ("rtn-w3a16", "rtn-searched-w3a16", "imatrix-w3a16", "awq-w3a16", "gptq-minmax-w3a16", "gptq-w3a16")
+TABLES = {
+    "Table 2: int8, four experts": INT8[:4],
+    "Table 3: int4, four experts": INT4[:4],
+    "Table 4: five experts, int8": INT8,
+    "Table 4: five experts, int4": INT4,
+}
+ROUTER_SPLITS = ("router_train", "router_validation")
+CHUNK = 16
+
+
+def experts() -> list[dict[str, Any]]:
+    """All experts of all tables, as a recipe lists them."""
+
+    def integer(name: str, method: str, scheme: str, group: int | None, **options: Any) -> dict[str, Any]:
+        return {"name": name, "method": method, "scheme": scheme, "group_size": group, **options}
+
+    def block(name: str, method: str, scheme: str, fallback: str) -> dict[str, Any]:
+        return {"name": name, "method": method, "scheme": scheme, "block_fallback": fallback}
+
+    return [
+        integer("gptq-w8a16", "gptq", "w8a16", 0),
+        integer("smoothquant-w8a8", "smoothquant", "w8a8", None),
+        integer("awq-w8a16", "awq", "w8a16", 0),
+        {"name": "kquants-q8_0", "method": "kquants", "scheme": "q8_0"},
+        {"name": "imatrix-q8_0", "method": "imatrix", "scheme": "q8_0"},
+        integer("gptq-w4a16", "gptq", "w4a16", 64),
+        integer("smoothquant-w4a8", "smoothquant", "w4a8", 64),
+        integer("awq-w4a16", "awq", "w4a16", 64),
+        block("kquants-q4", "kquants", "q4_k", "q4_0"),
+        block("imatrix-q4", "imatrix", "q4_k", "q4_0"),
+        integer("rtn-w8a16", "rtn", "w8a16", 0),
+        integer("rtn-w4a16", "rtn", "w4a16", 64),
+        integer("rtn-w3a16", "rtn", "w3a16", 64),
+        integer("rtn-searched-w3a16", "rtn", "w3a16", 64, rtn={"grid": "searched"}),
+        integer("imatrix-w3a16", "imatrix", "w3a16", 64),
+        integer("awq-w3a16", "awq", "w3a16", 64),
+        integer("gptq-minmax-w3a16", "gptq", "w3a16", 64, gptq={"grid": "minmax"}),
+        integer("gptq-w3a16", "gptq", "w3a16", 64),
+    ]
+
+
+def make_recipe(base: Path, data: Path, options: argparse.Namespace) -> Recipe:
+    """The recipe of all experts on the three corpora."""
+
+    def source(name: str, domain: str, **options: Any) -> dict[str, Any]:
+        return {"path": str(data / name), "domain": domain, **options}
+
+    wikitext = {"separator": "wikitext"}
+    return parse_recipe(
+        {
+            "base": str(base),
+            "data": {
+                "calibration": [
+                    source("wikitext2_raw_train_first1mb.txt", "wikitext2"),
+                    source("c4_train.parquet", "c4", max_documents=150),
+                    source("openwebtext_train.parquet", "openwebtext", max_documents=150),
+                ],
+                "router": [
+                    source("wikitext2_raw_valid.txt", "wikitext2", **wikitext),
+                    source("c4_train.parquet", "c4", skip_documents=150),
+                    source("openwebtext_train.parquet", "openwebtext", skip_documents=150),
+                ],
+                "test": [
+                    source("wikitext2_raw_test.txt", "wikitext2", **wikitext),
+                    source("c4_eval.parquet", "c4"),
+                    source("openwebtext_eval.parquet", "openwebtext"),
+                ],
+                "window": 256,
+                "calibration_samples": options.calibration_samples,
+                "router_samples": options.router_samples,
+                "test_samples": options.test_samples,
+            },
+            "experts": experts(),
+            "router": {"preset": "tuned"},
+            "protocol": {"route_on": "prefix", "prefix": 64},
+        }
+    )
+
+
+class Clock:
+    """Seconds by step, kept in a file so that a resumed run still knows what was measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts: dict[str, Any] = read_json(path) if path.exists() else {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measure a block, unless it was measured before."""
+        start = time.perf_counter()
+        yield
+        self.note(f"{name} seconds", round(time.perf_counter() - start, 1))
+        self.note(f"{name} peak bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep the first value of a fact."""
+        self.facts.setdefault(name, value)
+        write_json(self.path, self.facts)
+
+
+def score(task: LanguageTask, work: Path, names: Sequence[str], splits: Sequence[str], bars: Bars) -> LossTableFile:
+    """Score experts on splits, skipping what is scored already; return the table, not yet merged."""
+    described = {split: task.describe(split) for split in splits}
+    losses = LossTableFile(work / "parts", names, described, task.runtime_name, CHUNK)
+    for name in names:
+        pending = [chunk for split in splits for chunk in losses.pending(name, split)]
+        with bars.track(f"score {name}", len(pending)) as advance:
+            for chunk in pending:
+                losses.add(chunk, task.losses(name, chunk.split, chunk.rows))
+                advance(1)
+    return losses
+
+
+def quality(test: LossTable, names: Sequence[str], seed: int, resamples: int) -> str:
+    """Perplexity of experts by domain, and their difference to the base with its interval."""
+    rows = []
+    base_total = test.base.sum() / test.count.sum()
+
+    def perplexities(loss: np.ndarray[Any, Any]) -> list[str]:
+        cells = []
+        for domain in DOMAINS:
+            rows_of = test.domain == domain
+            cells.append(f"{math.exp(loss[rows_of].sum() / test.count[rows_of].sum()):.3f}")
+        return [*cells, f"{math.exp(loss.sum() / test.count.sum()):.3f}"]
+
+    rows.append([BASE, *perplexities(test.base), "", ""])
+    for name in names:
+        loss = test.loss[:, test.experts.index(name)]
+        (difference,) = intervals(
+            test.document, (loss - test.base)[:, None], test.count, resamples, seed, differences=True
+        )
+        ratio = math.exp(loss.sum() / test.count.sum() - base_total) - 1
+        rows.append([name, *perplexities(loss), signed_interval(difference), f"{100 * ratio:+.2f} %"])
+    header = ["expert", *(f"{domain} PPL" for domain in DOMAINS), "all PPL", "nats above base [95 %]", "PPL above base"]
+    return table(header, rows)
+
+
+def mixture_rows(verdicts: Sequence[ProtocolVerdict]) -> str:
+    """One table's rows: nats per token and difference to the best single expert, per protocol."""
+    header = ["line", *(f"{v.protocol}: nats [95 %]" for v in verdicts)]
+    header += [f"{v.protocol}: minus best single [95 %]" for v in verdicts]
+    order = [(line.kind, line.name) for line in verdicts[0].lines]
+    rows = []
+    for kind, name in order:
+        lines = [next((x for x in v.lines if (x.kind, x.name) == (kind, name)), None) for v in verdicts]
+        label = "mixture (`tuned`, guard)" if kind == "mixture" else f"router `{name}`" if kind == "router" else name
+        values = ["" if x is None else f"{number(x.value)} [{number(x.low)}, {number(x.high)}]" for x in lines]
+        differences = [
+            "best single"
+            if x is not None and x.difference is None
+            else ""
+            if x is None or x.difference is None
+            else signed_interval(x.difference)
+            for x in lines
+        ]
+        rows.append([label, *values, *differences])
+    rows.append(["share of oracle gap", *(share_interval(v.oracle_share) for v in verdicts), *[""] * len(verdicts)])
+    rows.append(
+        ["share of split-half gap", *(share_interval(v.split_half_share) for v in verdicts), *[""] * len(verdicts)]
+    )
+    text = table(header, rows)
+    for verdict in verdicts:
+        paper = next(line for line in verdict.lines if line.name == "paper")
+        claim = (
+            "wins"
+            if paper.difference is not None and paper.difference.excludes_zero() and paper.difference.value < 0
+            else "does not win"
+        )
+        shares = ", ".join(f"{name} {percent(share)}" for name, share in verdict.mixture.share.items() if share > 0)
+        text += f"\n\n**{verdict.protocol}.** {verdict.sentence} The paper's router {claim}. Shares: {shares}."
+    return text
+
+
+def main() -> None:
+    """Read the command line, make what is missing, write the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--calibration-samples", type=int, default=96)
+    parser.add_argument("--router-samples", type=int, default=240)
+    parser.add_argument("--test-samples", type=int, default=180)
+    options = parser.parse_args()
+    console, bars = Console(stderr=True), Bars()
+    recipe = make_recipe(options.base, options.data, options)
+    options.work.mkdir(parents=True, exist_ok=True)
+    clock = Clock(options.work / f"facts-{recipe.hash}.json")
+    task = LanguageTask(recipe, options.work / recipe.hash)
+    with clock.step("all experts in one pass"):
+        task.make_experts(bars)
+    console.print("experts made", clock.facts)
+
+    parts = options.work / f"losses-{recipe.hash}"
+    mixed = (BASE, *INT8, *INT4)
+    splits = (*ROUTER_SPLITS, "test")
+    # Test first: the methods' table is complete early in a long run.
+    everything = (*mixed, *PLAIN, *INT3)
+    with clock.step("scoring"):
+        score(task, parts, everything, ("test",), bars).merge(parts / "test.parquet")
+        write_methods(options.out, task, recipe, parts / "test.parquet", clock, options)
+        score(task, parts, mixed, splits, bars).merge(parts / "losses.parquet")
+    write_mixtures(options.out, task, recipe, parts / "losses.parquet", clock, bars, console)
+
+
+def independent(task: LanguageTask, base: Path, work: Path) -> float:
+    """Perplexity of the base on the test windows by `benchmarks.independent_perplexity`."""
+    windows = work / "windows.npy"
+    np.save(windows, task.splits()["test"].tokens.numpy())
+    command = [sys.executable, "-m", "benchmarks.independent_perplexity", str(base), str(windows)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def write_methods(
+    out: Path, task: LanguageTask, recipe: Recipe, losses: Path, clock: Clock, options: argparse.Namespace
+) -> None:
+    """The section on single experts."""
+    test = read_losses(losses, "test", WHOLE)
+    ours = math.exp(float(test.base.sum() / test.count.sum()))
+    if "independent perplexity" not in clock.facts:
+        clock.note("independent perplexity", independent(task, options.base, losses.parent))
+    theirs = float(clock.facts["independent perplexity"])
+    splits = task.splits()
+    documents = {name: len(set(split.document)) for name, split in splits.items()}
+    seed, resamples = recipe.seed, recipe.bootstrap_samples
+    three = test.of(INT3)
+    best = INT3[int(three.loss.sum(0).argmin())]
+    text = f"""
+## Methods on {options.base.name}
+
+Protocol `whole`, windows of {recipe.data.window} tokens, reference runtime. Windows (documents): calibration
+{len(splits["calibration"])} ({documents["calibration"]}), test {len(splits["test"])} ({documents["test"]}). All
+{len(recipe.experts)} experts in one calibration pass: {clock.facts["all experts in one pass seconds"]:.0f} s, peak
+memory {size(clock.facts["all experts in one pass peak bytes"])}. Intervals: 95 %, bootstrap over documents.
+
+Base perplexity {ours:.4f}; `benchmarks.independent_perplexity` on the same windows: {theirs:.4f}
+({100 * (ours / theirs - 1):+.3f} %).
+
+### 8 bits
+
+{quality(test, ("rtn-w8a16", *INT8), seed, resamples)}
+
+### 4 bits, group 64 (K-quants: q4_k, and q4_0 where a row is no multiple of 256)
+
+{quality(test, ("rtn-w4a16", *INT4), seed, resamples)}
+
+### 3 bits, asymmetric, group 64
+
+{quality(test, INT3, seed, resamples)}
+
+Lowest at 3 bits: {best}.
+"""
+    write_section(out, "language-methods", text)
+
+
+def write_mixtures(
+    out: Path, task: LanguageTask, recipe: Recipe, losses: Path, clock: Clock, bars: Bars, console: Console
+) -> None:
+    """The section on mixtures: one table per set of experts, written as each is done."""
+    splits = task.splits()
+    sizes = ", ".join(f"{name} {len(split)} ({len(set(split.document))})" for name, split in splits.items())
+    text = f"""
+## Mixtures on {Path(recipe.base).name}: Tables 2 to 4
+
+Windows of {recipe.data.window} tokens (documents): {sizes}. Best single expert: chosen on validation. `prefix-64`
+routes on the first 64 tokens and scores the rest. Negative differences are better than the best single expert.
+"""
+    for title, names in TABLES.items():
+        verdicts = []
+        for protocol in (WHOLE, "prefix-64"):
+            tables = {
+                split: read_losses(losses, split, protocol).of(names) for split in splits if split != "calibration"
+            }
+            started = time.perf_counter()
+            fitted = fit_routers(
+                (tables["router_train"], task.features("router_train", protocol)),
+                (tables["router_validation"], task.features("router_validation", protocol)),
+                recipe.router,
+                task.modality,
+                recipe.seed,
+                bars,
+            )
+            verdicts.append(
+                judge_routers(
+                    tables["test"],
+                    tables["router_validation"],
+                    task.features("test", protocol),
+                    fitted.routers,
+                    recipe.seed,
+                    recipe.bootstrap_samples,
+                    task.metric,
+                )
+            )
+            clock.note(f"routers {title} {protocol} seconds", round(time.perf_counter() - started, 1))
+            console.print(title, protocol, verdicts[-1].sentence, json.dumps(fitted.selection["tuned"]["chosen"]))
+        text += f"\n### {title}\n\n{mixture_rows(verdicts)}\n"
+        write_section(out, "language-mixtures", text)
+
+
+if __name__ == "__main__":
+    main()
