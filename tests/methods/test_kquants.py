@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -67,6 +69,8 @@ def test_threads_change_nothing(threads):
     torch.set_num_threads(threads)
     assert torch.equal(pack(kquants(weight, SCHEMES["q3_k"])), single)
     assert torch.get_num_threads() == threads
+    with ThreadPoolExecutor(1) as pool:  # new threads inherit torch's setting
+        assert pool.submit(torch.get_num_threads).result() == threads
 
 
 @pytest.mark.parametrize("name", TYPES)
