@@ -2,7 +2,7 @@
 
 Specification: ggml's docs/gguf.md, versions 2 and 3, little-endian. Writing the header goes through the `gguf`
 package. Reading does not: its reader makes an array object of every element of every metadata array (10 s and 0.5 GB to
-open a vocabulary of 150,000 tokens), where walking the header takes a quarter of a second.
+open a vocabulary of 150,000 tokens), where walking the header takes half a second.
 
 Only headers are held; a tensor's bytes are read when they are asked for.
 """
