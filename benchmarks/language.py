@@ -96,7 +96,7 @@ def make_recipe(base: Path, data: Path, options: argparse.Namespace) -> Recipe:
             "base": str(base),
             "data": {
                 "calibration": [
-                    source("wikitext2_raw_train_first1mb.txt", "wikitext2"),
+                    source("wikitext2_raw_train_first1mb.txt", "wikitext2", **wikitext),
                     source("c4_train.parquet", "c4", max_documents=150),
                     source("openwebtext_train.parquet", "openwebtext", max_documents=150),
                 ],
