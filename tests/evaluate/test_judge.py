@@ -146,9 +146,12 @@ def test_every_router_gets_a_line_and_its_shares(simulated: Tables, domain_choic
 
 def test_a_router_named_like_an_expert_is_kept_apart(by_hand: Tables) -> None:
     test = by_hand([[20.0, 30.0]] * 6, [19.0] * 6, experts=("linear", "knn"))
-    found = judge(test, test, {"mixture": np.zeros(6, np.int64), "linear": np.ones(6, np.int64)}, 0, 100)
+    ones = np.ones(6, np.int64)
+    found = judge(test, test, {"mixture": np.zeros(6, np.int64), "linear": ones, "random": ones}, 0, 100)
     assert found.experts["linear"] == pytest.approx(2.0)
     assert found.routers["linear"].value == pytest.approx(3.0)
+    assert found.routers["random"].value == pytest.approx(3.0)
+    assert found.random == pytest.approx(2.5)
 
 
 def test_for_accuracy_higher_is_better(by_hand: Tables) -> None:

@@ -150,9 +150,12 @@ def test_the_terminal_shows_every_line_within_80_columns(make_verdict: Callable[
         "[red]code",
     ):
         assert wanted in shown
-    assert max(len(line) for line in shown.splitlines()) <= 80
-    assert "PPL" in shown
-    assert "cost" in shown
+    assert shown.count("[red]code") == 4
+    lines = shown.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    (_, *header), *_ = [line.split() for line in lines if "PPL" in line]
+    assert header[-2:] == ["PPL", "cost"]
+    assert [line.split()[-1] for line in lines if line.startswith(" oracle ")] == ["3", "oracle", "3", "oracle"]
 
 
 def test_accuracy_has_no_perplexity(make_verdict: Callable[..., Verdict]) -> None:

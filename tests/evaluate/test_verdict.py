@@ -87,3 +87,7 @@ def test_a_file_that_is_no_verdict_is_refused(verdict: Verdict, tmp_path: Path) 
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"whole\.oracle"):
         read_verdict(path)
+    content["protocols"]["whole"] |= {"oracle": 1.0, "wins": "yes"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"whole\.wins"):
+        read_verdict(path)

@@ -89,7 +89,7 @@ def judge(
     routed = {
         name: Routed(value.value, value.low, value.high, _share(choices[name], names))
         for (kind, name, _, _), value in zip(rows, values, strict=True)
-        if name in choices and kind not in ("base", "expert")
+        if kind in ("mixture", "router") or (kind, name) == ("no skill", CONSTANT)
     }
     difference = differences[[row[0] for row in rows].index("mixture")]
     (to_base,) = intervals(
