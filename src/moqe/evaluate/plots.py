@@ -68,7 +68,7 @@ def difference_plot(found: ProtocolVerdict) -> str:
         axes.set_xlim(-limit, limit)
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.set_yticks(range(len(rows)), [_short(line.name) for line in rows])
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(f"difference to {_short(found.best_single)}; the line is zero")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
