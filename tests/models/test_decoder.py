@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, LlamaConfig, Qwen3MoeConfig
 
 from moqe.errors import ModelError
 from moqe.models.decoder import Decoder
+from moqe.models.recorder import Recorder
 
 Saved = Callable[[str], Path]
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "opt", "gpt_neo"]
@@ -53,6 +55,44 @@ def test_blockwise_logits_are_the_whole_models(saved: Saved, architecture: str, 
 def test_logits_need_no_call_before(saved: Saved, architecture: str) -> None:
     decoder = Decoder.open(str(saved(architecture)))
     assert decoder.logits(torch.randn(1, 5, 256)).shape == (1, 5, 512)
+
+
+def test_single_block_that_returns_a_tuple(tmp_path: Path, tokens: Tensor) -> None:
+    config = GPTNeoConfig(
+        hidden_size=64, num_layers=1, attention_types=[[["global"], 1]], num_heads=4, vocab_size=512, window_size=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    hidden = torch.randn(2, 5, 64)
+    decoder, other = Decoder.open(str(tmp_path)), Decoder.open(str(tmp_path))
+    other.embed(tokens)
+    assert torch.equal(decoder.logits(hidden), other.logits(hidden))
+
+
+def test_recorder_has_the_attributes_of_its_block() -> None:
+    block = nn.Linear(2, 2)
+    block.attention_type = "sliding_attention"  # type: ignore[assignment]
+    recorder = Recorder(block, lambda hidden: hidden)
+    assert recorder.attention_type == "sliding_attention"
+    assert list(recorder.parameters()) == []
+    with pytest.raises(AttributeError):
+        _ = recorder.no_such_attribute
+
+
+def test_recorder_names_positional_arguments() -> None:
+    class Block(nn.Module):
+        def forward(self, hidden: Tensor, mask: Tensor | None, *, position: int = 0) -> Tensor:
+            return hidden
+
+    recorder = Recorder(Block(), lambda hidden: hidden)
+    recorder(torch.ones(1), None, position=3)
+    assert dict(recorder.kwargs) == {"mask": None, "position": 3}
+
+
+def test_model_larger_than_memory_is_opened(tmp_path: Path) -> None:
+    LlamaConfig(
+        hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, vocab_size=2**35
+    ).save_pretrained(tmp_path)
+    assert Decoder.dry(str(tmp_path)).number_of_blocks == 2
 
 
 def test_nothing_is_materialised_at_first(saved: Saved) -> None:
@@ -139,16 +179,12 @@ def test_config_that_does_not_fit(saved: Saved, tmp_path: Path, change: dict[str
 
 
 def test_model_without_linears_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config
-
     GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="0 lists of num_hidden_layers blocks"):
         Decoder.dry(str(tmp_path))
 
 
 def test_stacked_experts_are_refused(tmp_path: Path) -> None:
-    from transformers import Qwen3MoeConfig
-
     Qwen3MoeConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_experts=4, vocab_size=64
     ).save_pretrained(tmp_path)
