@@ -4,9 +4,11 @@ import torch
 from moqe.errors import NumericalError, UnsupportedLayer
 from moqe.formats.ggml_blocks import pack
 from moqe.methods.ggml_rounding import GRIDS, round_to_blocks
+from moqe.methods.grids import round_to_grid, searched_grid
 from moqe.methods.imatrix import Imatrix, imatrix
 from moqe.methods.kquants import kquants
 from moqe.methods.statistics import accumulate
+from moqe.quantized import IntegerTensor
 from moqe.recipe import Expert
 from moqe.schemes import SCHEMES
 
@@ -97,7 +99,18 @@ def test_method_refuses_a_layer_without_statistics():
         Imatrix().quantize(gaussian(2, 256), None, SCHEMES["q4_k"], expert, torch.bfloat16, {})
 
 
-def test_method_supports_block_schemes_only():
+def test_method_supports_everything_but_quantized_activations():
     for name, scheme in SCHEMES.items():
-        assert (Imatrix().supports(scheme) == "") == scheme.is_block, name
-    assert "method: gptq" in Imatrix().supports(SCHEMES["w4a16"])
+        assert (Imatrix().supports(scheme) == "") == (scheme.activation_bits == 16), name
+    assert "method: smoothquant" in Imatrix().supports(SCHEMES["w8a8"])
+
+
+@pytest.mark.parametrize("name", ["w3a16", "w4a16"])
+def test_integer_schemes_beat_the_same_search_without_importance(name):
+    weight, importance = gaussian(16, 256), uneven_importance(256)
+    result = imatrix(weight, importance, SCHEMES[name], torch.bfloat16)
+    plain = round_to_grid(weight, *searched_grid(weight, SCHEMES[name], torch.bfloat16, None), SCHEMES[name])
+    assert isinstance(result, IntegerTensor)
+    assert result.scale.dtype == torch.bfloat16
+    ours = weighted_error(result.dequantize(), weight, importance)
+    assert ours < 0.9 * weighted_error(plain.dequantize(), weight, importance)
