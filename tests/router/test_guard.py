@@ -63,6 +63,16 @@ def test_a_router_that_is_right_only_where_it_is_sure_gets_a_margin():
     assert decision.switched == pytest.approx(0.25)
 
 
+def test_the_largest_margin_that_is_not_worse_is_taken():
+    """Three quarters of the switches change nothing; the surest quarter holds all the gain."""
+    losses, costs = torch.full((SAMPLES, 2), 3.0), torch.zeros(SAMPLES, 2)
+    costs[:, 1] = -0.01 - 0.001 * torch.arange(SAMPLES) / SAMPLES
+    losses[::4, 1], costs[::4, 1] = 2.95, -0.1
+    decision = decide(costs, losses, DOCUMENT, 0)
+    assert decision.switched == pytest.approx(0.25)
+    assert decision.gain.value == pytest.approx(0.05 / 4, rel=1e-5)
+
+
 def test_a_router_that_never_leaves_the_fallback_is_not_kept():
     costs = torch.zeros(SAMPLES, EXPERTS)
     costs[:, 2] = -1.0

@@ -28,6 +28,10 @@ def test_by_hand():
     assert clustered_mean(torch.tensor([0.0, 2.0, 4.0]), ["a", "a", "b"]).standard_error == pytest.approx(4 / 3)
 
 
+def test_deviations_that_cancel_inside_documents_leave_no_uncertainty():
+    assert clustered_mean(torch.tensor([0.0, 4.0, 1.0, 3.0]), ["a", "a", "b", "b"]).standard_error == 0.0
+
+
 def test_one_document_says_nothing_about_others():
     assert clustered_mean(torch.tensor([1.0, 2.0]), ["a", "a"]).standard_error == math.inf
 
