@@ -28,7 +28,7 @@ from moqe.models.estimate import Estimate
 from moqe.progress import Progress, Silent
 from moqe.recipe import Expert, Recipe, dump_recipe, load_recipe
 from moqe.router import load_router, save_router
-from moqe.store import digest_file, disk_bytes, locked, read_json, write_json, write_text
+from moqe.store import digest_file, disk_bytes, locked, read_json, require_room, write_json, write_text
 from moqe.tasks import TASKS, ExpertFacts, Task
 
 log = logging.getLogger("moqe")
@@ -122,6 +122,7 @@ def build(
                 task = TASKS[parsed.task](parsed, place.path, device)
                 identity = task.identity()
                 _check_identity(place, identity)
+                require_room(place.path, task.disk_bytes_needed())
             with timings.step("experts"):
                 task.make_experts(shown)
             with timings.step("losses"):

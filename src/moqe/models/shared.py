@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moqe.errors import CheckpointError
+from moqe.models.device import check_device
 from moqe.models.skeleton import assign, build_skeleton
 
 
@@ -40,6 +41,7 @@ def open_shared(folder: Path, tensors: Path, device: str = "cpu") -> SharedParts
     """
     from transformers import AutoTokenizer
 
+    check_device(device)
     try:
         stored = load_file(tensors)
         tokenizer = AutoTokenizer.from_pretrained(folder)

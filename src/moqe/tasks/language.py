@@ -25,7 +25,15 @@ from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.methods import METHODS, check
 from moqe.models.decoder import Decoder
-from moqe.models.estimate import Estimate, Workload, estimate, measure_flops, measure_shape
+from moqe.models.device import check_device
+from moqe.models.estimate import (
+    Estimate,
+    Workload,
+    estimate,
+    expert_block_bytes,
+    measure_flops,
+    measure_shape,
+)
 from moqe.models.identity import model_digest
 from moqe.models.shared import SharedParts, open_shared
 from moqe.progress import Progress
@@ -49,6 +57,7 @@ class LanguageTask:
     def __init__(self, recipe: Recipe, folder: Path, device: str = "cpu") -> None:
         self.recipe, self.folder, self.device = recipe, MixtureFolder(folder), device
         self.schemes = {expert.name: check(expert) for expert in recipe.experts if expert.method}
+        check_device(device)
         self.decoder = Decoder.open(recipe.base, device=device)
         prefix = prefix_protocol(recipe.protocol.prefix)
         self.protocols: tuple[str, ...] = (prefix, WHOLE) if recipe.protocol.route_on == "prefix" else (WHOLE, prefix)
@@ -105,6 +114,13 @@ class LanguageTask:
             "tokenizer": tokenizer_digest(self.decoder.tokenizer),
             **samples,
         }
+
+    def disk_bytes_needed(self) -> int:
+        """Bytes that the experts still to be made will take, and the work files of the largest."""
+        shape = measure_shape(self.decoder)
+        missing = [name for name in self.schemes if not self.folder.certificate(name).exists()]
+        sizes = [expert_block_bytes(shape, self.schemes[name]) for name in missing]
+        return sum(sizes) + max(sizes, default=0) + shape.other_parameters * shape.stored_bytes
 
     def make_experts(self, progress: Progress) -> None:
         """Quantize what is not yet on disk."""

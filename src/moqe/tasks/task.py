@@ -77,6 +77,9 @@ class Task(Protocol):
     def identity(self) -> dict[str, str]:
         """Digests of everything that decides the result beside the recipe: base weights, tokenizer, samples."""
 
+    def disk_bytes_needed(self) -> int:
+        """Bytes that making the missing experts will take."""
+
     def make_experts(self, progress: Progress) -> None:
         """Quantize what is not yet on disk. Resumable; returns when every expert's folder is whole."""
 

@@ -1,0 +1,244 @@
+"""Bad input: one clear line that names the input and the way out, exit code 2, and nothing half-written left behind."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import moqe
+from moqe import cli, store
+from moqe.errors import CheckpointError, DataError, DiskFull, ModelError, MoqeError, NumericalError, RecipeError
+
+Content = dict[str, Any]
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; returns exit code and standard error on one line."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["moqe", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "1000")
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return int(left.value.code or 0), " ".join(capsys.readouterr().err.split())
+
+    return call
+
+
+def write_recipe(content: Content, folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def one_expert(content: Content, **options: Any) -> Content:
+    content["experts"] = [{"name": "e", "method": "gptq", "scheme": "w4a16", "group_size": 64} | options]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(calibratoin=1), "unknown key 'calibratoin'"),
+        (lambda c: c["data"].update(windw=64), "unknown key 'data.windw'; did you mean 'window'?"),
+        (lambda c: one_expert(c, method="gtpq"), "unknown method 'gtpq'; did you mean 'gptq'?"),
+        (lambda c: one_expert(c, scheme="w4a61"), "unknown scheme 'w4a61'; did you mean"),
+        (lambda c: one_expert(c, scheme="q4_k", group_size=None), "gptq has no scheme q4_k"),
+        (lambda c: one_expert(c, method="smoothquant", scheme="w4a16"), "smoothquant has no scheme w4a16"),
+        (lambda c: one_expert(c, group_size=48), "group_size 48 is not one of"),
+        (lambda c: one_expert(c, awq={"clip": False}), "options of awq have no effect on gptq"),
+        (lambda c: one_expert(c, name="oracle"), "expert name 'oracle' is reserved"),
+        (lambda c: one_expert(c, name="../up"), "experts.0.name"),
+        (lambda c: c["protocol"].update(prefix=48), "must be shorter than data.window"),
+        (lambda c: c.update(base="bundled:tiny-qwen33"), "did you mean 'tiny-qwen3'?"),
+        (lambda c: c.update(base="no/such/folder/at/all"), "no/such/folder/at/all"),
+        (lambda c: c["data"].update(test="/nowhere.jsonl"), "data.test"),
+        (lambda c: c["data"]["test"].append({"path": "/nowhere.jsonl"}), "/nowhere.jsonl"),
+        (lambda c: c["data"].update(window=4096), "window"),
+    ],
+)
+def test_recipes_that_cannot_be_built(
+    change: Callable[[Content], Any], message: str, recipe_content: Content, tmp_path: Path, run: Run
+) -> None:
+    change(recipe_content)
+    code, said = run("build", write_recipe(recipe_content, tmp_path), "--out", tmp_path / "m")
+    assert code == 2
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_not_yaml_and_not_there(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "broken.yaml").write_text("base: [")
+    code, said = run("build", tmp_path / "broken.yaml")
+    assert (code, "is not YAML" in said) == (2, True)
+    code, said = run("build", tmp_path / "absent.yaml")
+    assert (code, "absent.yaml does not exist" in said) == (2, True)
+
+
+def test_empty_and_too_short_data(recipe_content: Content, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"text": f"the river {i}"}) + "\n" for i in range(4)))
+    for path, message in ((empty, "empty.jsonl"), (short, "tokens")):
+        content = json.loads(json.dumps(recipe_content))
+        content["data"]["router"] = [{"path": str(path), "domain": "x"}]
+        with pytest.raises(DataError, match=message):
+            moqe.build(moqe.parse_recipe(content), tmp_path / path.stem)
+
+
+def test_a_document_in_two_splits(recipe_content: Content, tmp_path: Path) -> None:
+    recipe_content["data"]["test"].append(recipe_content["data"]["router"][0])
+    with pytest.raises(DataError, match=r"code-router\.jsonl"):
+        moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+
+
+def test_a_checkpoint_with_another_tokenizer(recipe_content: Content, tiny_base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe_content["experts"] = [{"name": "theirs", "checkpoint": str(other)}]
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+
+
+def test_an_already_quantized_base(recipe_content: Content, built: Path, tmp_path: Path) -> None:
+    recipe_content["base"] = str(built / "experts" / "gptq")
+    with pytest.raises(ModelError, match="already quantized"):
+        moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+
+
+def damaged_base(tiny_base: Path, folder: Path, name: str, value: float) -> str:
+    shutil.copytree(tiny_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[:64] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_weights_that_are_not_finite(recipe_content: Content, tiny_base: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    recipe_content["base"] = damaged_base(tiny_base, tmp_path / "base", name, float("nan"))
+    with pytest.raises(NumericalError, match=name):
+        moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+
+
+def test_activations_that_overflow(recipe_content: Content, tiny_base: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    recipe_content["base"] = damaged_base(tiny_base, tmp_path / "base", name, 3e38)
+    with pytest.raises(NumericalError, match=r"layers\.0|not finite"):
+        moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["gptq", "kq"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_damaged_expert_is_never_run(name: str, how: str, built: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(built, folder)
+    owned = [
+        path for path in (folder / "experts" / name).glob("model-*") if not (folder / "shared" / path.name).exists()
+    ]
+    victim = sorted(owned)[-1]
+    content = bytearray(victim.read_bytes())
+    if how == "truncated":
+        victim.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        content[-100] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.unlink()
+    code, said = run("generate", folder, "the river", "--expert", name)
+    assert code == 2
+    assert victim.name in said
+
+
+def test_a_recipe_that_changed_under_a_half_built_folder(
+    recipe_content: Content, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = MoqeError("stopped for the test")
+
+    def stop(*_: object) -> None:
+        raise stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("moqe.build"), "_train", stop)
+        with pytest.raises(MoqeError, match="stopped"):
+            moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+    recipe_content["experts"].pop()
+    code, said = run("build", write_recipe(recipe_content, tmp_path), "--out", tmp_path / "m")
+    assert code == 2
+    assert "another recipe" in said
+    assert "changed: experts" in said
+
+
+def test_data_that_changed_under_a_half_built_folder(
+    recipe_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.jsonl"
+    shutil.copy(recipe_content["data"]["router"][0]["path"], own)
+    recipe_content["data"]["router"][0]["path"] = str(own)
+
+    def stop(*_: object) -> None:
+        raise MoqeError("stopped for the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("moqe.build"), "_train", stop)
+        with pytest.raises(MoqeError, match="stopped"):
+            moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+    own.write_text("\n".join(own.read_text().splitlines()[1:]))
+    with pytest.raises(RecipeError, match=r"samples\.router_train"):
+        moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+
+
+def test_a_disk_that_is_too_small(recipe_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DiskFull, match="free some space"):
+        moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fill() -> None:
+        with store.atomic(tmp_path / "file") as partial:
+            partial.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskFull, match="file"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_expert_protocol_and_empty_text(built: Path, run: Run) -> None:
+    for arguments, message in (
+        (("generate", built, "the", "--expert", "gtpq"), "did you mean 'gptq'?"),
+        (("route", built, "the", "--protocol", "prefix-17"), "did you mean 'prefix-16'?"),
+        (("route", built, ""), "the text is empty"),
+        (("inspect", built.parent / "nothing"), "holds no mixture"),
+    ):
+        code, said = run(*arguments)
+        assert (code, message in said) == (2, True), said
+
+
+def test_torch_is_not_asked_for_a_device_it_lacks(built: Path, run: Run) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device the test needs to be absent")
+    code, said = run("generate", built, "the river", "--device", "cuda")
+    assert code == 2
+    assert "cuda" in said
