@@ -38,7 +38,7 @@ logger = logging.getLogger("moqe")
 SILENT = Silent()
 
 FOLDS = 4
-MAX_MULTIPLICATIONS = 1.2e13  # 3 x parameters x vectors x epochs: about four minutes on two cores
+MAX_MULTIPLICATIONS = 2e13  # 3 x parameters x vectors x epochs: about four minutes on two cores
 
 
 @dataclass(frozen=True)
