@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from moqe.errors import NumericalError, UnsupportedLayer
 from moqe.methods import check
 from moqe.methods.block import BlockResult, quantize_block, split_rows
+from moqe.methods.grids import searched_grid
 from moqe.methods.output_error import output_error
 from moqe.methods.rtn import rtn
-from moqe.methods.statistics import InputStatistics, accumulate
+from moqe.methods.statistics import InputStatistics, accumulate, combine
 from moqe.models.groups import LinearGroup
 from moqe.quantized import BlockTensor, IntegerTensor
 from moqe.recipe import Expert
@@ -157,9 +158,11 @@ def test_folding_is_exact_but_for_rounding(method: str) -> None:
 
 def test_error_is_measured_in_the_base_models_coordinates() -> None:
     block, statistics, _ = setting(3)
-    result = quantize(expert("smoothquant", "w8a8"), block, statistics, torch.float32)
+    result = quantize(expert("smoothquant", "w8a8"), block, statistics)
     by_name = {record.name.split(".")[3]: record for record in result.layers}
-    norm_scale = block.norm.weight.detach() / result.tensors["model.layers.3.norm.weight"]
+    stored = result.tensors["model.layers.3.norm.weight"]
+    assert isinstance(stored, Tensor)
+    norm_scale = block.norm.weight.detach() / stored.float()  # what was folded, though the norm is rounded to bfloat16
     tensor = result.tensors["model.layers.3.k_proj.weight"]
     assert isinstance(tensor, IntegerTensor)
     weight = block.k_proj.weight.detach()
@@ -171,6 +174,20 @@ def test_error_is_measured_in_the_base_models_coordinates() -> None:
         error = by_name[name].error
         assert error is not None
         assert 0 < error < 1e-3
+
+
+def test_the_method_sees_the_inputs_as_they_are_after_smoothing() -> None:
+    block, statistics, _ = setting(14)
+    chosen = expert("smoothquant", "w4a8")
+    result = quantize(chosen, block, statistics, torch.float32)
+    norm = result.tensors["model.layers.3.norm.weight"]
+    tensor = result.tensors["model.layers.3.k_proj.weight"]
+    assert isinstance(norm, Tensor)
+    assert isinstance(tensor, IntegerTensor)
+    scale = block.norm.weight.detach() / norm
+    importance = combine(statistics["k_proj"]).importance / scale.square()
+    expected = searched_grid(block.k_proj.weight.detach() * scale, check(chosen), torch.bfloat16, importance)[0]
+    assert float((tensor.scale == expected).float().mean()) > 0.95
 
 
 def test_stacked_rows_are_what_single_linears_would_give() -> None:
