@@ -120,6 +120,8 @@ def test_a_range_of_documents(tmp_path):
 def test_missing_empty_unknown_and_undecodable_files(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_source(Source(path=str(tmp_path / "none.txt")))
+    with pytest.raises(DataError, match=r"^none\.txt does not exist"):
+        read_source(Source(path="none.txt"))
     (tmp_path / "empty.txt").write_text(" \n\n ")
     with pytest.raises(DataError, match="holds no text"):
         read_source(Source(path=str(tmp_path / "empty.txt")))

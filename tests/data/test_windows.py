@@ -65,6 +65,7 @@ def test_no_pack_mixes_domains(plain_tokenizer, corpus):
 @given(CORPORA)
 def test_each_window_begins_with_the_only_bos(bos_tokenizer, corpus):
     samples = pack_windows(documents_of([(f"<s>{text}", domain) for text, domain in corpus]), bos_tokenizer, WINDOW)
+    assert samples.tokens.shape == (len(samples), WINDOW)
     assert (samples.tokens[:, 0] == BOS).all()
     assert not (samples.tokens[:, 1:] == BOS).any()
 

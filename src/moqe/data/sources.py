@@ -47,7 +47,7 @@ def read_source(source: Source) -> list[Document]:
         found = [Document(text, source.label, name) for name, text in islice(texts, last)]
     if not found:
         raise DataError(f"{source.path} holds no text: it is empty, or every document of it is")
-    chosen = found[source.skip_documents : last]
+    chosen = found[source.skip_documents :]
     if not chosen:
         raise DataError(
             f"{source.path} has {len(found)} documents, and skip_documents leaves out {source.skip_documents}: lower it"
