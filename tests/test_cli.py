@@ -1,0 +1,98 @@
+"""The command line: every verb, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moqe import cli
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; returns standard output."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["moqe", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        cli.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_help_names_every_verb(run: Run) -> None:
+    said = run("--help")
+    for verb in ("quickstart", "build", "evaluate", "route", "generate", "inspect", "doctor"):
+        assert verb in said
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").startswith("moqe ")
+
+
+def test_build_prints_the_verdict_of_a_finished_folder(
+    built: Path, recipe_content: dict[str, Any], tmp_path: Path, run: Run
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_content))
+    said = run("build", recipe, "--out", built)
+    assert "best single" in said.lower() or "the mixture" in said.lower()
+    assert "report.html" in said
+    found = json.loads(run("build", recipe, "--out", built, "--json"))
+    assert found["verdict"]["recipe"] == found["recipe"]
+
+
+def test_dry_run_needs_no_weights_and_writes_nothing(
+    tiny_base: Path, recipe_content: dict[str, Any], tmp_path: Path, run: Run
+) -> None:
+    config_only = tmp_path / "base"
+    config_only.mkdir()
+    (config_only / "config.json").write_text((tiny_base / "config.json").read_text())
+    recipe_content["base"] = str(config_only)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_content))
+    found = json.loads(run("build", recipe, "--out", tmp_path / "m", "--dry-run", "--json"))
+    assert found["ram_bytes"] > 0
+    assert found["disk_bytes"] > 0
+    assert {"calibrate_seconds", "quantize_seconds", "score_seconds"} <= set(found)
+    assert "ram" in run("build", recipe, "--dry-run")
+    assert not (tmp_path / "m").exists()
+
+
+def test_route_and_generate(built: Path, run: Run) -> None:
+    decision = json.loads(run("route", built, "the old river", "--json"))
+    assert decision["expert"] in decision["costs"]
+    assert decision["expert"] in run("route", built, "the old river")
+    answer = json.loads(run("generate", built, "one two", "--expert", "kq", "--max-new-tokens", 3, "--json"))
+    assert (answer["expert"], answer["reason"]) == ("kq", "pinned")
+    assert len(answer["token_ids"]) <= 3
+
+
+def test_text_from_standard_input(built: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    expected = run("route", built, "the old river", "--json")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the old river"))
+    assert run("route", built, "-", "--json") == expected
+
+
+def test_inspect_and_verify(built: Path, run: Run) -> None:
+    assert "gptq" in run("inspect", built)
+    found = json.loads(run("inspect", built, "--verify", "--json"))
+    assert found["verified"] is True
+    assert set(found["certificates"]) == {"gptq", "rtn", "smooth", "kq"}
+
+
+def test_doctor(run: Run) -> None:
+    found = json.loads(run("doctor", "--json"))
+    assert {"versions", "machine", "devices", "optional"} == set(found)
+    assert "torch" in run("doctor")
