@@ -1,0 +1,135 @@
+"""Do others run our files as we do? transformers on compressed-tensors folders, llama.cpp on GGUF.
+
+    python -m benchmarks.agreement --base MODEL --experts FOLDER [--name SECTION] [--out docs/results.md]
+
+FOLDER holds expert folders, as in a mixture. transformers: largest difference of the logits on a text, plain
+`AutoModelForCausalLM.from_pretrained` against the reference runtime. llama.cpp (through xllamacpp, float32 cache, no
+flash attention): ten prompts, given as token ids and continued greedily by 16 tokens; equal continuations are counted,
+and where one parts from the reference's, how much less probable the reference finds llama.cpp's token (nats). llama.cpp
+rounds the inputs of quantized linears to 8 bits, which the reference does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+import xllamacpp
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.tables import table, write_section
+from moqe.formats import open_expert
+from moqe.runtimes.reference import ReferenceRuntime
+
+TOKENS = 16
+TEXT = "The mixture is better than its best expert, or the report says that it is not. def route(self, text): return"
+PROMPTS = (
+    "def __init__(self, name, value):\n        self.name = name\n        self.",
+    "    if not isinstance(value, int):\n        raise TypeError(",
+    "import os\nimport sys\nimport re\n",
+    "for i in range(len(",
+    "    try:\n        import",
+    "with open(filename, 'rb') as",
+    "The capital of France is",
+    "Return True if the",
+    "Once upon a time there was a",
+    "one, two, three, four, five, six,",
+)
+
+
+class LlamaCpp:
+    """llama.cpp on one GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 0
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._server = xllamacpp.Server(params)
+
+    def greedy(self, tokens: list[int]) -> list[int]:
+        """The next tokens."""
+        body = {"prompt": tokens, "n_predict": TOKENS, "temperature": 0, "return_tokens": True}
+        body |= {"cache_prompt": False, "ignore_eos": True}
+        url = f"{self._server.listening_address}/completion"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            found: list[int] = json.load(answer)["tokens"]
+        return found
+
+
+def transformers_row(folder: Path, runtime: ReferenceRuntime, tokenizer: Any) -> list[str]:
+    """Largest logit difference between transformers and the reference."""
+    tokens = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(tokens).logits
+    ours = runtime.logits(tokens)
+    equal = int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+    difference = float((theirs - ours).abs().max())
+    return [folder.name, f"{difference:.1e}", f"{equal} of {tokens.shape[1]}", f"{float(ours.abs().max()):.1f}"]
+
+
+def llama_row(folder: Path, runtime: ReferenceRuntime, tokenizer: Any) -> list[str]:
+    """How many prompts llama.cpp continues as the reference does, and by how much the others were not a tie."""
+    engine = LlamaCpp(min(folder.glob("*.gguf")))
+    equal, partings = 0, []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"]
+        ours, theirs = runtime.generate(torch.tensor([ids]), TOKENS), engine.greedy(ids)
+        if ours == theirs:
+            equal += 1
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        last = runtime.logits(torch.tensor([ids + ours[:at]]))[0, -1].log_softmax(-1)
+        partings.append(float(last[ours[at]] - last[theirs[at]]))
+    worst = f"{max(partings):.3f}" if partings else "none"
+    return [folder.name, f"{equal} of {len(PROMPTS)}", worst]
+
+
+def main() -> None:
+    """Read the command line, compare every expert, write the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--experts", type=Path, required=True)
+    parser.add_argument("--name", default="agreement")
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
+    folders, files = [], []
+    for folder in sorted(path for path in options.experts.iterdir() if path.is_dir()):
+        runtime = ReferenceRuntime(base, open_expert(folder), name=folder.name)
+        if any(folder.glob("*.gguf")):
+            files.append(llama_row(folder, runtime, tokenizer))
+        elif not is_asymmetric(folder):
+            folders.append(transformers_row(folder, runtime, tokenizer))
+    text = f"""
+## Agreement on {options.base.name}
+
+transformers against the reference runtime, float32 logits on one text (asymmetric packed experts, which plain
+transformers cannot load, are left out):
+
+{table(["expert", "largest logit difference", "same top token", "largest logit"], folders)}
+
+llama.cpp against the reference runtime, {TOKENS} greedy tokens after each of {len(PROMPTS)} prompts:
+
+{table(["expert", "equal continuations", "largest gap at a parting, nats"], files)}
+"""
+    write_section(options.out, options.name, text)
+
+
+def is_asymmetric(folder: Path) -> bool:
+    """Whether a compressed-tensors folder has zero points."""
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    return any(not group["weights"]["symmetric"] for group in groups)
+
+
+if __name__ == "__main__":
+    main()
