@@ -258,7 +258,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the model")
-    parser.add_argument("--steps", type=int, default=6000, help=f"optimizer steps of {BATCH} x {WINDOW} tokens")
+    parser.add_argument("--steps", type=int, default=2800, help=f"optimizer steps of {BATCH} x {WINDOW} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--compile", action="store_true", help="1.6 times faster, needs a C++ compiler")
