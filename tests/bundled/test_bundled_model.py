@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ def test_plain_transformers_loads_it_and_it_predicts_held_out_text(folder):
     with torch.inference_mode():
         logits = model.float()(samples.tokens).logits[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, samples.tokens[:, 1:].flatten())
-    assert loss < 0.6 * math.log(4096)
+    assert loss < 3.8  # an untrained model has ln 4096 = 8.3
 
 
 def test_the_tokenizer_is_lossless_and_splits_like_qwen2(folder):
