@@ -116,11 +116,13 @@ def build(
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     place, shown, timings = MixtureFolder(Path(folder)), progress or Silent(), Timings()
     with locked(place.path):
-        _claim(place, parsed)
+        _refuse_other_work(place, parsed)
         if not place.manifest.exists():
             with timings.step("prepare"):
                 task = TASKS[parsed.task](parsed, place.path, device)
                 identity = task.identity()
+                if not place.recipe.exists():  # only now: a recipe that cannot be done claims no folder
+                    write_text(place.recipe, dump_recipe(parsed))
                 _check_identity(place, identity)
                 require_room(place.path, task.disk_bytes_needed())
             with timings.step("experts"):
@@ -154,8 +156,8 @@ def plan(recipe: Recipe | Path | str, device: str = "cpu") -> Plan:
 def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | None = None) -> Verdict:
     """Judge a complete mixture again and write verdict, report and card anew.
 
-    The loss table is used as it is where it is present and was measured on the recipe's samples by its runtime; else
-    every expert is scored again, which needs the base model and the recipe's data.
+    Needs the base model and the recipe's data, and checks that they are the ones the mixture was built from. Losses
+    are measured again where `losses.parquet` is missing.
     Raises CheckpointError for a folder that holds no complete mixture, RecipeChanged when base or data are others.
     """
     place = MixtureFolder(Path(folder))
@@ -171,8 +173,8 @@ def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | No
     return read_verdict(place.verdict)
 
 
-def _claim(place: MixtureFolder, recipe: Recipe) -> None:
-    """Make the folder this recipe's. Raises RecipeChanged when it is another's."""
+def _refuse_other_work(place: MixtureFolder, recipe: Recipe) -> None:
+    """Raise RecipeChanged when the folder is another recipe's, or holds something else altogether."""
     if place.recipe.exists():
         found = load_recipe(place.recipe)
         if found.hash != recipe.hash:
@@ -187,7 +189,6 @@ def _claim(place: MixtureFolder, recipe: Recipe) -> None:
     ]
     if strangers:
         raise RecipeChanged(f"{place.path} holds other files ({strangers[0]}, ...): choose an empty or new folder")
-    write_text(place.recipe, dump_recipe(recipe))
 
 
 def _differences(old: Recipe, new: Recipe) -> list[str]:

@@ -90,14 +90,14 @@ class Mixture:
         """Choose an expert for a text, or for token ids, int64 (tokens,).
 
         protocol: what the router may see, by default what the mixture was deployed for; `prefix-k` looks at the first
-        k tokens, `whole` at all up to the recipe's window.
+        k tokens, `whole` at as many as a window of the recipe had in training.
         Raises MoqeError for an empty text or a protocol the mixture has no router for.
         """
         name = protocol or self.protocol
         if name not in self.manifest["protocols"]:
             raise MoqeError(f"no router for protocol {name!r}; {did_you_mean(name, self.manifest['protocols'])}")
         ids = self._ids(text)
-        seen = ids[: visible_tokens(name) or self.recipe.data.window]
+        seen = ids[: visible_tokens(name) or min(self.recipe.data.window, self.recipe.router.max_tokens)]
         router = self._router(name)
         costs = router.predict(TokenFeatures(seen[None], self._shared.embedding, self.device))[0]
         choice = int(costs.argmin())

@@ -28,9 +28,10 @@ class Options(BaseModel):
 class Source(Options):
     """Where documents come from: a text file, a parquet file, a hub id, or `bundled:<name>`.
 
-    `domain` labels every document of the source in tables and plots. `split`, `subset` and `column` apply to hub ids
-    and parquet files. `separator` cuts a plain text file into documents: `blank` at blank lines, `wikitext` at
-    top-level headings, `none` not at all. `skip_documents` and `max_documents` take a range of documents.
+    `domain` labels every document of the source in tables and plots. `split` and `subset` apply to hub ids, `column` to
+    all that has columns. `separator` cuts text into documents: `blank` at blank lines, `wikitext` at top-level
+    headings, `none` not at all; rows of files and hub ids are joined before. `skip_documents` and `max_documents` take
+    a range of documents.
     """
 
     path: str
@@ -152,7 +153,9 @@ class Router(Options):
     """How the router is trained. None means: what the preset says.
 
     `preset: paper` is the paper's network and hyperparameters; `tuned` tries a small set and keeps what measures best
-    on validation. `guard` falls back to the best single expert unless the predicted gain clears its standard error.
+    on validation. What a recipe sets replaces both presets' values; the verdict's line `paper` is the paper's router
+    where the recipe sets nothing but the preset. `guard` falls back to the best single expert unless the predicted gain
+    clears its standard error.
     """
 
     preset: Literal["paper", "tuned"] = "tuned"
@@ -181,7 +184,7 @@ class Recipe(Options):
     """Everything about a mixture. See the class of each section for its options."""
 
     base: str
-    task: Literal["language", "image-classification"] = "language"
+    task: Literal["language"] = "language"
     data: Data
     experts: tuple[Expert, ...] = Field(min_length=1)
     router: Router = Router()

@@ -42,11 +42,15 @@ class Scheme:
         return (-half, half - 1) if self.symmetric else (0, 2 * half - 1)
 
     def bits_per_weight(self, columns: int) -> float:
-        """Stored bits per weight of a row of `columns` inputs (16-bit scales, zero points at the codes' width)."""
+        """Stored bits per weight of a row of `columns` inputs (16-bit scales, zero points at the codes' width).
+
+        Codes that meet quantized activations are stored as int8 whatever their width, which is what loaders expect.
+        """
         if self.is_block:
             return 8 * self.block_bytes / self.block_size
         size = self.group_size or columns
-        return self.weight_bits + (16 + (0 if self.symmetric else self.weight_bits)) / size
+        stored = self.weight_bits if self.activation_bits == 16 else 8
+        return stored + (16 + (0 if self.symmetric else stored)) / size
 
     def configured(self, group_size: int | None, symmetric: bool | None) -> Scheme:
         """The scheme with a recipe's group size and symmetry.

@@ -6,6 +6,7 @@ to the disk and renamed, so a killed process leaves nothing that a later one cou
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -146,4 +147,6 @@ def locked(folder: Path) -> Iterator[None]:
             raise FolderBusy(f"another process is building in {folder}: wait or choose another folder") from error
         yield
     finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing came of it; a folder that holds anything stays
         os.close(handle)

@@ -156,7 +156,8 @@ def hub(monkeypatch):
     module.exceptions.DatasetsError = type("DatasetsError", (Exception,), {})
     module.asked = []
 
-    def load_dataset(path, subset, split):
+    def load_dataset(path, subset, split, streaming):
+        assert streaming  # a corpus may be larger than the disk
         module.asked.append((path, subset, split))
         if split == "nowhere":
             raise ValueError("Unknown split\n 'nowhere'")
@@ -184,3 +185,13 @@ def test_hub_errors_are_data_errors():
         read_source(Source(path="owner/name", split="nowhere"))
     with pytest.raises(DataError, match="no column 'txt'; did you mean 'text'"):
         read_source(Source(path="owner/name", column="txt"))
+
+
+def test_rows_that_are_lines_become_articles(hub):
+    lines = ["", " = One = ", "", " a b ", " = = Part = = ", " c ", " = Two = ", " d "]
+    hub.load_dataset = lambda *_, **__: Rows({"text": line} for line in lines)
+    found = texts(Source(path="owner/name", separator="wikitext", max_documents=2))
+    assert [text.split() for text in found] == [
+        ["=", "One", "=", "a", "b", "=", "=", "Part", "=", "=", "c"],
+        ["=", "Two", "=", "d"],
+    ]

@@ -5,7 +5,9 @@
     file.jsonl              one JSON object a line; the text is in `column`
     file.parquet            one row a document; the text is in `column`
     folder                  every such file in it, by name; a hub data set on disk if it holds none of them
-    owner/name              a data set of the hugging face hub, through the extra `hub`
+    owner/name              a data set of the hugging face hub, streamed, through the extra `hub`
+
+A `separator` other than `none` joins rows before it cuts them, because the hub's WikiText has one row a line.
 
 A path that exists wins over the hub. Empty documents are left out before `skip_documents` and `max_documents` count.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def read_source(source: Source) -> list[Document]:
     if source.path.startswith(PREFIX):
         found = list(islice(bundled_documents(source.path, source.domain), last))
     else:
-        texts = ((name, text) for name, text in _texts(source) if text.strip())
+        texts = ((name, text) for name, text in _documents(source) if text.strip())
         found = [Document(text, source.label, name) for name, text in islice(texts, last)]
     if not found:
         raise DataError(f"{source.path} holds no text: it is empty, or every document of it is")
@@ -53,6 +55,14 @@ def read_source(source: Source) -> list[Document]:
             f"{source.path} has {len(found)} documents, and skip_documents leaves out {source.skip_documents}: lower it"
         )
     return chosen
+
+
+def _documents(source: Source) -> Iterator[tuple[str, str]]:
+    """(name, text) of every document, lazily. A text file is cut by its reader, rows are joined and cut here."""
+    found = _texts(source)
+    if source.separator == "none" or Path(source.path).suffix in (".txt", ".md"):
+        return found
+    return _named(source.path, _cut((text for _, text in found), source, source.path))
 
 
 def _texts(source: Source) -> Iterator[tuple[str, str]]:
@@ -72,7 +82,7 @@ def _texts(source: Source) -> Iterator[tuple[str, str]]:
     return _from_hub(source.path, source)
 
 
-def _named(path: Path, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _named(path: Path | str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
     return ((f"{path}#{i}", text) for i, text in enumerate(texts))
 
 
@@ -88,6 +98,25 @@ def _plain(path: Path, source: Source) -> Iterator[str]:
         yield from (text[first:last] for first, last in pairwise(edges))
     else:
         yield text
+
+
+def _cut(rows: Iterable[str], source: Source, where: str) -> Iterator[str]:
+    """Join rows, which are lines, and cut them again at the source's separator; lazily.
+
+    The hub's WikiText has one row a line, so its articles begin at a row that is a heading.
+    """
+    starts = _WIKITEXT_HEADING if source.separator == "wikitext" else _BLANK_LINES
+    kept, found = "", False
+    for row in rows:
+        text = kept + (row if row.endswith("\n") else row + "\n")
+        edges = [match.start() for match in starts.finditer(text)]
+        found = found or bool(edges)
+        edges = [edge for edge in edges if edge > 0]
+        yield from (text[first:last] for first, last in pairwise([0, *edges]))
+        kept = text[edges[-1] if edges else 0 :]
+    if source.separator == "wikitext" and not found:
+        raise DataError(f"{where} has no headings of the form ' = Title = ': choose another separator")
+    yield kept
 
 
 def _json_lines(path: Path, source: Source) -> Iterator[str]:
@@ -126,12 +155,18 @@ def _from_hub(path: str, source: Source) -> Iterator[tuple[str, str]]:
     except ModuleNotFoundError:
         raise MissingExtra("datasets", "hub", f"{path!r} is not on this disk, and reading it from the hub") from None
     try:
-        rows = datasets.load_dataset(path, source.subset or None, split=source.split)
+        rows = datasets.load_dataset(path, source.subset or None, split=source.split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"the data set {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
-    if source.column not in rows.column_names:
-        raise _no_column(path, source.column, rows.column_names)
-    return ((f"{path}#{i}", _text(row[source.column], f"{path}, row {i}", source.column)) for i, row in enumerate(rows))
+    return _named(path, _columns(path, rows, source))
+
+
+def _columns(path: str, rows: Iterable[Mapping[str, object]], source: Source) -> Iterator[str]:
+    """The text of every row, fetched as it is asked for."""
+    for number, row in enumerate(rows):
+        if source.column not in row:
+            raise _no_column(path, source.column, row)
+        yield _text(row[source.column], f"{path}, row {number}", source.column)
 
 
 def _text(value: object, where: str, column: str) -> str:

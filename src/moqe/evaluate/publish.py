@@ -26,7 +26,7 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...]) -> 
     """What card and report say beside the verdict, read from certificates and from the routers' selection."""
     substituted = []
     for expert in recipe.experts:
-        if place.certificate(expert.name).exists():  # an existing checkpoint has none
+        if place.certificate(expert.name).exists():
             layers = read_json(place.certificate(expert.name)).get("layers", [])
             substituted += [
                 Substitution(expert.name, layer["name"], layer["substituted"])

@@ -5,7 +5,7 @@ gptq         Frantar et al. 2023, arXiv 2210.17323
 awq          Lin et al. 2024, arXiv 2306.00978
 smoothquant  Xiao et al. 2023, arXiv 2211.10438
 kquants      ggml's block types, without data
-imatrix      ggml's block types, weighted by the mean square of each input channel
+imatrix      rounding weighted by the mean square of each input channel: ggml's block types and integer schemes
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Decoder:
     @classmethod
     def dry(cls, base: str) -> Decoder:
         """A decoder with zeros for weights, from config.json alone: for shapes, groups and dry runs."""
-        folder = resolve_base(base)
+        folder = resolve_base(base, weights=False)
         config = read_config(folder)
         stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
         return cls(folder, ZeroWeights(stored), "cpu", torch.float32)

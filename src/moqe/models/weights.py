@@ -99,8 +99,10 @@ class ZeroWeights:
         return torch.zeros(shape, dtype=self._dtype)
 
 
-def resolve_base(base: str) -> Path:
+def resolve_base(base: str, weights: bool = True) -> Path:
     """The local folder of a base model: `bundled:<name>`, a folder, or a hub id (downloaded or taken from the cache).
+
+    Without `weights` only a hub model's config and tokenizer are fetched.
 
     Raises ModelError when there is no such model, RecipeError for an unknown bundled name.
     """
@@ -113,7 +115,7 @@ def resolve_base(base: str) -> Path:
         return folder
     if folder.exists() or not _HUB_ID.match(base):
         raise ModelError(f"base {base!r} is not a folder, a hub id such as Qwen/Qwen3-0.6B, or bundled:<name>")
-    return download(base)
+    return download(base, weights)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -131,13 +133,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def download(base: str) -> Path:
+def download(base: str, weights: bool = True) -> Path:
     """The folder of a model of the hub, from its cache where it is there. Raises ModelError when out of reach."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = [name for name in _HUB_FILES if weights or not name.endswith(".safetensors")]
     try:
-        return Path(snapshot_download(base, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(base, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"base {base!r} is no local folder and cannot be fetched from the hub ({type(error).__name__}): check the "

@@ -39,10 +39,12 @@ class NetworkRouter:
         """See `Router`."""
         training = self.network.training
         self.network.eval()
+        device = features.batch(torch.zeros(1, dtype=torch.int64)).device
+        self.network.to(device)  # a loaded router comes on the CPU; where it already is, nothing moves
         batches = torch.split(torch.arange(len(features)), PREDICTION_BATCH)
         logits = torch.cat([self.network(features.batch(rows)) for rows in batches])
         self.network.train(training)
-        return -self.scale * (logits + self.bias)
+        return -self.scale * (logits + self.bias.to(device))
 
     def options(self) -> dict[str, Any]:
         """What is saved beside the tensors."""

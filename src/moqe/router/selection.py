@@ -50,7 +50,7 @@ def folds_by_document(document: Sequence[str], folds: int, seed: int) -> Tensor:
     if len(sizes) < folds:
         raise DataError(
             f"the router's data has {len(sizes)} documents and cross-validation needs {folds}: add documents to "
-            "data.router, or use router.preset: paper"
+            "data.router"
         )
     names = list(sizes)
     shuffled = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()]

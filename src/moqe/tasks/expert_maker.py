@@ -20,6 +20,8 @@ from moqe.errors import CheckpointError
 from moqe.folder import MixtureFolder
 from moqe.formats import CompressedTensorsWriter, GgufWriter, open_expert, same_tokenizer, write_shared
 from moqe.formats.expert_files import ExpertWriter
+from moqe.formats.gguf_split import gguf_paths
+from moqe.formats.open import is_gguf
 from moqe.formats.safetensors_folder import save_tensors
 from moqe.methods.block import quantize_block
 from moqe.methods.certificate import LayerRecord, certify
@@ -131,7 +133,11 @@ class ExpertMaker:
         source = Path(expert.checkpoint)
         if not source.exists():
             source = resolve_base(expert.checkpoint)
-        files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.is_file())
+        if source.is_file():
+            files = gguf_paths(source) if is_gguf(source) else [source]
+        else:
+            certificate_of_another = self.folder.certificate(expert.name).name
+            files = sorted(path for path in source.iterdir() if path.is_file() and path.name != certificate_of_another)
         if not files:
             raise CheckpointError(f"{source} holds no files: give expert {expert.name!r} a checkpoint's folder or file")
         same_tokenizer(self.decoder.folder, source)

@@ -20,6 +20,7 @@ from moqe.data.protocols import (
 )
 from moqe.data.samples import TextSamples
 from moqe.data.splits import make_splits, tokenizer_digest
+from moqe.errors import RecipeError, did_you_mean
 from moqe.folder import MixtureFolder
 from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
@@ -87,6 +88,11 @@ class LanguageTask:
     @cached_property
     def _splits(self) -> dict[str, TextSamples]:
         splits = make_splits(self.recipe.data, self.decoder.tokenizer, self.recipe.seed)
+        domains = set(splits.calibration.domain)
+        for expert in self.recipe.experts:
+            for domain in sorted(set(expert.calibration) - domains):
+                hint = did_you_mean(domain, domains)
+                raise RecipeError(f"expert {expert.name!r}: calibration weighs unknown domain {domain!r}; {hint}")
         return {
             "calibration": splits.calibration,
             "router_train": splits.router_train,
