@@ -44,6 +44,9 @@ class Bars:
     """Progress bars with time left, on standard error; silent when that is not a terminal."""
 
     def __init__(self) -> None:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # its bars would run through ours
         self.console = Console(stderr=True)
 
     @contextmanager
