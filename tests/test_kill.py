@@ -31,7 +31,8 @@ def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:
         [sys.executable, "-c", BUILD, str(recipe), str(folder)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    with process.stdout as said:
+        assert said.readline() == "ready\n"
     return process
 
 
