@@ -180,6 +180,22 @@ def quality(test: LossTable, names: Sequence[str], seed: int, resamples: int) ->
     return table(header, rows)
 
 
+def against(test: LossTable, names: Sequence[str], reference: str, seed: int, resamples: int) -> str:
+    """Experts' paired difference to one of them, by domain, with its interval: negative is better."""
+    rows = []
+    for name in names:
+        difference = test.loss[:, test.experts.index(name)] - test.loss[:, test.experts.index(reference)]
+        cells = []
+        for domain in (*DOMAINS, None):
+            part = np.ones(len(test), bool) if domain is None else test.domain == domain
+            (found,) = intervals(
+                test.document[part], difference[part, None], test.count[part], resamples, seed, differences=True
+            )
+            cells.append(signed_interval(found))
+        rows.append([name, *cells])
+    return table([f"nats minus {reference} [95 %]", *DOMAINS, "all"], rows)
+
+
 def mixture_rows(verdicts: Sequence[ProtocolVerdict]) -> str:
     """One table's rows: nats per token and difference to the best single expert, per protocol."""
     header = ["line", *(f"{v.protocol}: nats [95 %]" for v in verdicts)]
@@ -224,8 +240,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--calibration-samples", type=int, default=96)
-    parser.add_argument("--router-samples", type=int, default=240)
-    parser.add_argument("--test-samples", type=int, default=180)
+    parser.add_argument("--router-samples", type=int, default=216)
+    parser.add_argument("--test-samples", type=int, default=144)
+    parser.add_argument("--only", choices=("mixtures", "methods"), help="write one of the two sections")
     options = parser.parse_args()
     console, bars = Console(stderr=True), Bars()
     recipe = make_recipe(options.base, options.data, options)
@@ -239,10 +256,12 @@ def main() -> None:
     parts = options.work / f"losses-{recipe.hash}"
     splits = (*ROUTER_SPLITS, "test")
     mixed = (BASE, *INT8, *INT4)
-    score(task, parts, mixed, splits, bars).merge(parts / "losses.parquet")
-    write_mixtures(options.out, task, recipe, parts / "losses.parquet", clock, bars, console)
-    score(task, parts, (*mixed, *PLAIN, *INT3), ("test",), bars).merge(parts / "test.parquet")
-    write_methods(options.out, task, recipe, parts / "test.parquet", clock, options)
+    if options.only != "methods":
+        score(task, parts, mixed, splits, bars).merge(parts / "losses.parquet")
+        write_mixtures(options.out, task, recipe, parts / "losses.parquet", clock, bars, console)
+    if options.only != "mixtures":
+        score(task, parts, (*mixed, *PLAIN, *INT3), ("test",), bars).merge(parts / "test.parquet")
+        write_methods(options.out, task, recipe, parts / "test.parquet", clock, options)
 
 
 def independent(task: LanguageTask, base: Path, work: Path) -> float:
@@ -286,11 +305,15 @@ Base perplexity {ours:.4f}; `benchmarks.independent_perplexity` on the same wind
 
 {quality(test, ("rtn-w4a16", *INT4), seed, resamples)}
 
+{against(test, ("gptq-w4a16", "awq-w4a16"), "rtn-w4a16", seed, resamples)}
+
 ### 3 bits, asymmetric, group 64
 
 {quality(test, INT3, seed, resamples)}
 
-Lowest at 3 bits: {best}.
+Lowest at 3 bits: {best}. The others against it:
+
+{against(test, [name for name in INT3 if name != best], best, seed, resamples)}
 """
     write_section(out, "language-methods", text)
 
@@ -305,7 +328,8 @@ def write_mixtures(
 ## Mixtures on {Path(recipe.base).name}: Tables 2 to 4
 
 Windows of {recipe.data.window} tokens (documents): {sizes}. Best single expert: chosen on validation. `prefix-64`
-routes on the first 64 tokens and scores the rest. Negative differences are better than the best single expert.
+routes on the first 64 tokens and scores the rest. Negative differences are better than the best single expert. Each
+table asks four questions (two routers, two protocols); one interval in twenty misses zero by chance.
 """
     for title, names in TABLES.items():
         verdicts = []

@@ -62,6 +62,10 @@ def one_expert(content: Content, **options: Any) -> Content:
         (lambda c: one_expert(c, awq={"clip": False}), "options of awq have no effect on gptq"),
         (lambda c: one_expert(c, name="oracle"), "expert name 'oracle' is reserved"),
         (lambda c: one_expert(c, name="../up"), "experts.0.name"),
+        (lambda c: one_expert(c, gptq={"damping": float("nan")}), "damping"),
+        (lambda c: one_expert(c, checkpoint="somewhere"), "needs either method and scheme, or checkpoint"),
+        (lambda c: c.update(experts=[{"name": "e", "checkpoint": "x", "scheme": "w4a16"}]), "remove scheme"),
+        (lambda c: one_expert(c, calibration={"cod": 2.0}), "unknown domain 'cod'; did you mean 'code'?"),
         (lambda c: c["protocol"].update(prefix=48), "must be shorter than data.window"),
         (lambda c: c.update(base="bundled:tiny-qwen33"), "did you mean 'tiny-qwen3'?"),
         (lambda c: c.update(base="no/such/folder/at/all"), "no/such/folder/at/all"),
@@ -167,6 +171,18 @@ def test_a_damaged_expert_is_never_run(name: str, how: str, built: Path, tmp_pat
     code, said = run("generate", folder, "the river", "--expert", name)
     assert code == 2
     assert victim.name in said
+
+
+def test_damage_in_what_experts_share_is_noticed(built: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(built, folder)
+    victim = folder / "shared" / "model-shared.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    for arguments in (("route", folder, "the river"), ("inspect", folder, "--verify"), ("evaluate", folder)):
+        code, said = run(*arguments)
+        assert (code, "model-shared.safetensors is damaged" in said) == (2, True), said
 
 
 def test_a_recipe_that_changed_under_a_half_built_folder(

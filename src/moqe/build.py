@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,23 +18,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moqe.errors import RecipeChanged
 from moqe.evaluate import BASE, LossTableFile, read_losses
 from moqe.evaluate.publish import publish
 from moqe.evaluate.routing import ROUTERS, fit_routers, judge_routers
 from moqe.evaluate.verdict import ExpertSummary, Verdict, read_verdict, write_verdict
 from moqe.folder import MixtureFolder
-from moqe.mixture import read_manifest
+from moqe.mixture import FORMAT_VERSION, read_manifest, verify_mixture
 from moqe.models.estimate import Estimate
 from moqe.progress import Progress, Silent
 from moqe.recipe import Expert, Recipe, dump_recipe, load_recipe
 from moqe.router import load_router, save_router
 from moqe.store import digest_file, disk_bytes, locked, read_json, require_room, write_json, write_text
 from moqe.tasks import TASKS, ExpertFacts, Task
+from moqe.version import __version__
 
 log = logging.getLogger("moqe")
 
-FORMAT_VERSION = 1
 ROUTER_SPLITS = ("router_train", "router_validation")
 CHUNK_SAMPLES = 16
 
@@ -76,7 +79,8 @@ class Timings:
     @property
     def peak_bytes(self) -> int:
         """The largest resident set so far."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def build(
                 identity = task.identity()
                 if not place.recipe.exists():  # only now: a recipe that cannot be done claims no folder
                     write_text(place.recipe, dump_recipe(parsed))
-                _check_identity(place, identity)
+                _check_identity(place, identity | _producers(device))
                 require_room(place.path, task.disk_bytes_needed())
             with timings.step("experts"):
                 task.make_experts(shown)
@@ -166,6 +170,7 @@ def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | No
         recipe = load_recipe(place.recipe)
         task = TASKS[recipe.task](recipe, place.path, device)
         _compare_identity(place, task.identity(), manifest["identity"])
+        verify_mixture(place, manifest)
         if not place.losses.exists():
             _score(task, recipe, place, ROUTER_SPLITS, progress or Silent())
         _judge(task, recipe, place, progress or Silent())
@@ -203,6 +208,11 @@ def _check_identity(place: MixtureFolder, identity: Mapping[str, str]) -> None:
         _compare_identity(place, identity, read_json(path))
     else:
         write_json(path, dict(identity))
+
+
+def _producers(device: str) -> dict[str, str]:
+    """What computes: a half-built folder must not be finished by something else."""
+    return {"moqe": __version__, "torch": torch.__version__, "device": torch.device(device).type}
 
 
 def _compare_identity(place: MixtureFolder, now: Mapping[str, str], before: Mapping[str, str]) -> None:
@@ -319,5 +329,6 @@ def _finish(place: MixtureFolder, recipe: Recipe, task: Task, identity: Mapping[
         "protocols": list(task.protocols),
         "identity": dict(identity),
         "experts": experts,
+        "shared": {path.name: digest_file(path) for path in sorted(place.shared.iterdir())},
     }
     write_json(place.manifest, manifest)

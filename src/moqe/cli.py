@@ -199,14 +199,16 @@ def generate(
     if as_json:
         _emit(answer)
         return
-    _say(escape(answer.text))
+    sys.stdout.write(answer.text + "\n")
     Console(stderr=True).print(f"[dim]expert: {escape(answer.expert)} ({escape(answer.reason)})[/dim]")
 
 
 @app.command()
 def inspect(
     folder: Dir,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its digest.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read shared files and experts, and compare digests.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a mixture is made of: recipe, experts, certificates, bytes, verdict."""

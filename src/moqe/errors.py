@@ -9,7 +9,7 @@
     |-- UnsupportedLayer       a method cannot do a layer, and the recipe does not allow a substitution
     |-- NumericalError         non-finite weights, activations, statistics or losses
     |-- ProtocolError          losses measured by different rules or runtimes were about to be mixed
-    |-- FolderBusy             another process builds in the same folder
+    |-- FolderBusy             the folder cannot be had: another process builds in it, or it is no folder
     |-- DiskFull               not enough room for what is about to be written
     `-- MissingExtra           an optional dependency is absent; the message holds the install line
 
@@ -60,7 +60,7 @@ class ProtocolError(MoqeError):
 
 
 class FolderBusy(MoqeError):
-    """Another process builds in the same folder."""
+    """The folder cannot be had: another process builds in it, or it is no folder."""
 
 
 class DiskFull(MoqeError):

@@ -30,6 +30,8 @@ from moqe.router.router import Router
 from moqe.runtimes.reference import ReferenceRuntime
 from moqe.store import digest_file, disk_bytes, read_json
 
+FORMAT_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -73,6 +75,7 @@ class Mixture:
     def __init__(self, folder: Path | str, device: str = "cpu") -> None:
         self.folder = MixtureFolder(Path(folder))
         self.manifest = read_manifest(self.folder)
+        _verify_files(self.folder.shared, self.manifest["shared"])
         self.recipe: Recipe = load_recipe(self.folder.recipe)
         self.device = device
         self.experts: tuple[str, ...] = tuple(self.manifest["experts"])
@@ -146,7 +149,7 @@ class Mixture:
         if expert not in self.experts:
             raise MoqeError(f"no expert {expert!r} in {self.folder.path}; {did_you_mean(expert, self.experts)}")
         if expert not in self._runtimes:
-            verify_expert(self.folder, expert, self.manifest["experts"][expert]["files"])
+            _verify_files(self.folder.expert(expert), self.manifest["experts"][expert]["files"])
             files = open_expert(self.folder.expert(expert))
             self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert)
         return self._runtimes[expert]
@@ -180,13 +183,26 @@ def read_manifest(folder: MixtureFolder) -> dict[str, Any]:
         state = "is half-built: run the same `moqe build` again" if folder.recipe.exists() else "holds no mixture"
         raise CheckpointError(f"{folder.path} {state}")
     manifest: dict[str, Any] = read_json(folder.manifest)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder.manifest} has format {manifest.get('format_version')}, and this version of MoQE reads "
+            f"{FORMAT_VERSION}: build again"
+        )
+    if load_recipe(folder.recipe).hash != manifest["recipe"]:
+        raise CheckpointError(f"{folder.recipe} is not the recipe the mixture was built from: bring it back")
     return manifest
 
 
-def verify_expert(folder: MixtureFolder, expert: str, files: Mapping[str, str]) -> None:
-    """Compare an expert's files with their digests. Raises CheckpointError naming the first that differs."""
+def verify_mixture(folder: MixtureFolder, manifest: Mapping[str, Any]) -> None:
+    """Compare shared files and all experts' files with their digests. Raises CheckpointError naming what is damaged."""
+    _verify_files(folder.shared, manifest["shared"])
+    for name, entry in manifest["experts"].items():
+        _verify_files(folder.expert(name), entry["files"])
+
+
+def _verify_files(place: Path, files: Mapping[str, str]) -> None:
     for name, digest in files.items():
-        path = folder.expert(expert) / name
+        path = place / name
         if not path.exists():
             raise CheckpointError(f"{path} is missing: build again, or copy the folder again")
         if digest_file(path) != digest:
@@ -196,14 +212,13 @@ def verify_expert(folder: MixtureFolder, expert: str, files: Mapping[str, str]) 
 def inspect(folder: Path | str, verify: bool = False) -> dict[str, Any]:
     """What a mixture is made of: recipe, experts with certificates and bytes, protocols, verdict.
 
-    verify: also compare every expert's files with their digests.
+    verify: also compare shared files and every expert's with their digests.
     Raises CheckpointError when the folder is half-built, damaged or no mixture.
     """
     place = MixtureFolder(Path(folder))
     manifest = read_manifest(place)
     if verify:
-        for name, entry in manifest["experts"].items():
-            verify_expert(place, name, entry["files"])
+        verify_mixture(place, manifest)
     return {
         "folder": str(place.path),
         "manifest": manifest,

@@ -16,13 +16,28 @@ from moqe.errors import RecipeError, did_you_mean
 from moqe.store import canonical_hash
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-RESERVED_NAMES = frozenset({"base", "mixture", "oracle", "random", "uniform", "constant", "moqe"})
+RESERVED_NAMES = frozenset(
+    {
+        "base",
+        "mixture",
+        "oracle",
+        "random",
+        "uniform",
+        "constant",
+        "paper",
+        "tuned",
+        "linear",
+        "knn",
+        "unguarded",
+        "moqe",
+    }
+)
 
 
 class Options(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Source(Options):
@@ -132,6 +147,10 @@ class Expert(Options):
             raise ValueError(f"expert name {self.name!r} is reserved: choose another")
         if bool(self.checkpoint) == bool(self.method):
             raise ValueError(f"expert {self.name!r} needs either method and scheme, or checkpoint")
+        if self.checkpoint and (without_effect := self.model_fields_set - {"name", "checkpoint"}):
+            raise ValueError(
+                f"expert {self.name!r} is a checkpoint, taken as it is: remove {', '.join(without_effect)}"
+            )
         if self.method and not self.scheme:
             raise ValueError(f"expert {self.name!r} needs a scheme, for example w4a16")
         if any(weight < 0 for weight in self.calibration.values()):
@@ -189,13 +208,12 @@ class Recipe(Options):
     experts: tuple[Expert, ...] = Field(min_length=1)
     router: Router = Router()
     protocol: Protocol = Protocol()
-    runtime: Literal["reference"] = "reference"
     seed: int = Field(0, ge=0)
     bootstrap_samples: int = Field(2000, ge=100)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        names = [expert.name for expert in self.experts]
+        names = [expert.name.lower() for expert in self.experts]  # some file systems do not tell cases apart
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"expert names must differ, and {', '.join(twice)} stands twice")

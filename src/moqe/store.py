@@ -101,7 +101,7 @@ def link(source: Path, target: Path) -> None:
     partial = target.with_name(target.name + PARTIAL)
     partial.unlink(missing_ok=True)
     try:
-        os.link(source, partial)
+        os.link(os.path.realpath(source), partial)  # of a symbolic link its target, as in the cache of a hub
     except OSError:
         with atomic(target) as copy:
             shutil.copyfile(source, copy)
@@ -138,15 +138,23 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises FolderBusy when another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise FolderBusy(f"{folder} cannot be used as a folder ({error.strerror}): choose another") from error
+    held = False
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FolderBusy(f"another process is building in {folder}: wait or choose another folder") from error
+        if not folder.exists() or os.fstat(handle).st_ino != folder.stat().st_ino:
+            raise FolderBusy(f"{folder} was removed by another process just now: run the same command again")
+        held = True
         yield
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing came of it; a folder that holds anything stays
+        if held:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing came of it; a folder that holds anything stays
         os.close(handle)

@@ -39,13 +39,15 @@ def open_shared(folder: Path, tensors: Path, device: str = "cpu") -> SharedParts
 
     Raises CheckpointError when something is missing or damaged.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     check_device(device)
     try:
         stored = load_file(tensors)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = build_skeleton(folder, torch.float32)
+        stated = (folder / "generation_config.json").exists()
+        generation = GenerationConfig.from_pretrained(folder) if stated else GenerationConfig()
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is missing or damaged ({error}): build or copy the mixture again") from error
     for name, tensor in stored.items():
@@ -54,11 +56,13 @@ def open_shared(folder: Path, tensors: Path, device: str = "cpu") -> SharedParts
         assign(model, name, buffer.to(device))
     if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    return SharedParts(model, tokenizer, model.get_input_embeddings().weight.detach(), _stop_tokens(model, tokenizer))
+    return SharedParts(
+        model, tokenizer, model.get_input_embeddings().weight.detach(), _stop_tokens(model, tokenizer, generation)
+    )
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The end-of-text ids of the tokenizer and of the generation config."""
-    ids = [tokenizer.eos_token_id, model.config.eos_token_id]
+def _stop_tokens(model: Any, tokenizer: Any, generation: Any) -> tuple[int, ...]:
+    """The end-of-text ids of the tokenizer, the config and the generation config."""
+    ids = [tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id]
     flat = [i for entry in ids for i in (entry if isinstance(entry, list) else [entry]) if i is not None]
     return tuple(sorted(set(flat)))

@@ -23,7 +23,7 @@ BUNDLED = "bundled:"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_HUB_FILES = ("*.json", "*.safetensors", "*.gguf", "*.txt", "*.model", "*.jinja")
 
 
 class Weights(Protocol):
@@ -138,7 +138,7 @@ def download(base: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [name for name in _HUB_FILES if weights or not name.endswith(".safetensors")]
+    wanted = [name for name in _HUB_FILES if weights or not name.endswith((".safetensors", ".gguf"))]
     try:
         return Path(snapshot_download(base, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:

@@ -130,7 +130,7 @@ class ExpertMaker:
 
         Raises CheckpointError for another tokenizer, other shapes or damaged files.
         """
-        source = Path(expert.checkpoint)
+        source = Path(expert.checkpoint).expanduser()
         if not source.exists():
             source = resolve_base(expert.checkpoint)
         if source.is_file():

@@ -67,6 +67,7 @@ class LanguageTask:
     @classmethod
     def predict(cls, recipe: Recipe, device: str = "cpu") -> Estimate:
         """What a build would take, from the base model's config."""
+        check_device(device)
         schemes = {expert.name: check(expert) for expert in recipe.experts if expert.method}
         decoder = Decoder.dry(recipe.base)
         data = recipe.data
@@ -122,11 +123,13 @@ class LanguageTask:
         }
 
     def disk_bytes_needed(self) -> int:
-        """Bytes that the experts still to be made will take, and the work files of the largest."""
+        """Bytes that are still to be written: missing experts and the work files of the largest, less what is there."""
         shape = measure_shape(self.decoder)
         missing = [name for name in self.schemes if not self.folder.certificate(name).exists()]
         sizes = [expert_block_bytes(shape, self.schemes[name]) for name in missing]
-        return sum(sizes) + max(sizes, default=0) + shape.other_parameters * shape.stored_bytes
+        needed = sum(sizes) + max(sizes, default=0) + shape.other_parameters * shape.stored_bytes
+        places = [self.folder.shared, self.folder.work, *(self.folder.expert(name) for name in missing)]
+        return max(0, needed - sum(disk_bytes(place) for place in places))
 
     def make_experts(self, progress: Progress) -> None:
         """Quantize what is not yet on disk."""
