@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ torch.set_num_threads(1)  # several test processes share the machine, and one th
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _deterministic() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)  # a test that changed it must not change the next one's sums
 
 
 def write_texts(folder: Path, documents: int = 12, words: int = 160) -> None:
