@@ -223,6 +223,27 @@ def test_data_that_changed_under_a_half_built_folder(
         moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
 
 
+def test_another_number_of_threads_does_not_finish_a_half_built_folder(
+    recipe_content: Content, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise MoqeError("stopped for the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("moqe.build"), "_score", stop)
+        with pytest.raises(MoqeError, match="stopped"):
+            moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+    torch.set_num_threads(2)
+    code, said = run("build", write_recipe(recipe_content, tmp_path), "--out", tmp_path / "m")
+    assert code == 2
+    assert "torch threads (OMP_NUM_THREADS): 1 then, 2 now" in said
+    torch.set_num_threads(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("moqe.build"), "_score", stop)
+        with pytest.raises(MoqeError, match="stopped"):  # goes on as far as it got before
+            moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
+
+
 def test_a_disk_that_is_too_small(recipe_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -211,15 +211,23 @@ def _check_identity(place: MixtureFolder, identity: Mapping[str, str]) -> None:
 
 
 def _producers(device: str) -> dict[str, str]:
-    """What computes: a half-built folder must not be finished by something else."""
-    return {"moqe": __version__, "torch": torch.__version__, "device": torch.device(device).type}
+    """What computes: a half-built folder must not be finished by something else.
+
+    Threads are named because another number adds floats in another order, which changes last bits.
+    """
+    return {
+        "moqe": __version__,
+        "torch": torch.__version__,
+        "device": torch.device(device).type,
+        "torch threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
+    }
 
 
 def _compare_identity(place: MixtureFolder, now: Mapping[str, str], before: Mapping[str, str]) -> None:
-    changed = [name for name in before if now.get(name) != before[name]]
+    changed = [f"{name}: {old} then, {now.get(name)} now" for name, old in before.items() if now.get(name) != old]
     if changed:
         raise RecipeChanged(
-            f"{place.path} was begun with other inputs than are there now ({', '.join(changed)} changed): "
+            f"{place.path} was begun with other inputs than are there now ({'; '.join(changed)}): "
             "bring them back, or delete the folder and build again"
         )
 
