@@ -9,7 +9,7 @@ import moqe
 
 ROOT = Path(moqe.__file__).parent
 FLOORS = {
-    0: {"errors", "recipe", "store", "schemes", "quantized", "folder", "progress", "version"},
+    0: {"errors", "options", "method_options", "recipe", "store", "schemes", "quantized", "folder", "progress", "version"},
     1: {"methods", "formats", "models", "data", "bundled"},
     2: {"runtimes"},
     3: {"router", "tasks"},

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moqe.errors import RecipeError, did_you_mean
+from moqe.method_options import Awq, Gptq, Rtn, SmoothQuant
+from moqe.options import Options
 from moqe.store import canonical_hash
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -29,29 +31,26 @@ RESERVED_NAMES = frozenset(
         "linear",
         "knn",
         "unguarded",
+        "cascade",
         "moqe",
     }
 )
 
 
-class Options(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
 class Source(Options):
-    """Where documents come from: a text file, a parquet file, a hub id, or `bundled:<name>`.
+    """Where documents come from: a file or folder of texts or images, a hub id, or `bundled:<name>`.
 
-    `domain` labels every document of the source in tables and plots. `split` and `subset` apply to hub ids, `column` to
-    all that has columns. `separator` cuts text into documents: `blank` at blank lines, `wikitext` at top-level
+    `domain` labels every document of a text source in tables and plots; the label of an image is its class. `split` and
+    `subset` apply to hub ids, `column` to all that has columns (empty: `text`, or the first of `image` and `img`), and
+    `label_column` to images. `separator` cuts text into documents: `blank` at blank lines, `wikitext` at top-level
     headings, `none` not at all; rows of files and hub ids are joined before. `skip_documents` and `max_documents` take
-    a range of documents.
+    a range of documents, which are images where the task is about images.
     """
 
     path: str
     domain: str = ""
-    column: str = "text"
+    column: str = ""
+    label_column: str = "label"
     subset: str = ""
     split: str = "train"
     separator: Literal["none", "blank", "wikitext"] = "none"
@@ -63,6 +62,11 @@ class Source(Options):
         """The domain, or the path where none was given."""
         return self.domain or self.path
 
+    @property
+    def text_column(self) -> str:
+        """The column that holds a document's text."""
+        return self.column or "text"
+
 
 def _as_source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
@@ -71,11 +75,26 @@ def _as_source(value: Any) -> Any:
 Sources = Annotated[tuple[Annotated[Source, BeforeValidator(_as_source)], ...], Field(min_length=1)]
 
 
-class Data(Options):
-    """The three kinds of documents, which must be disjoint, and the window they are cut into.
+class Preprocessing(Options):
+    """What is done to an image, for a base model whose checkpoint does not say.
 
-    `window` is in tokens. The sample limits are windows in total, spread evenly over domains; None takes all.
-    `validation_share` is the share of the router's documents kept apart for early stopping and selection.
+    `resize`: the shorter edge, pixels; None leaves the image as it is. `crop`: the side of the square cut from the
+    centre, pixels; None takes all. `mean` and `std`: per channel, of values between 0 and 1.
+    """
+
+    resize: int | None = Field(None, ge=1)
+    crop: int | None = Field(None, ge=1)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+
+
+class Data(Options):
+    """The three kinds of documents, which must be disjoint, and how they become samples.
+
+    `window` is in tokens. The sample limits are windows or images in total, spread evenly over domains or classes; None
+    takes all. `validation_share` is the share of the router's documents kept apart for early stopping and selection.
+    `preprocessing` is for image models whose checkpoint states none.
     """
 
     calibration: Sources
@@ -86,36 +105,7 @@ class Data(Options):
     router_samples: int | None = Field(None, ge=1)
     test_samples: int | None = Field(None, ge=1)
     validation_share: float = Field(0.25, gt=0.0, lt=1.0)
-
-
-class Gptq(Options):
-    """Options of gptq. `damping` is relative to the mean of H's diagonal; `block_columns` only changes speed."""
-
-    damping: float = Field(0.01, gt=0.0)
-    activation_order: bool = True
-    block_columns: int = Field(128, ge=1)
-    grid: Literal["searched", "minmax"] = "searched"
-
-
-class Awq(Options):
-    """Options of awq: points of the scale search over exponents in [0, 1), and the clipping search."""
-
-    grid_points: int = Field(20, ge=2)
-    clip: bool = True
-    clip_steps: int = Field(10, ge=1)
-    max_shrink: float = Field(0.5, gt=0.0, lt=1.0)
-
-
-class SmoothQuant(Options):
-    """Options of smoothquant: the migration strength alpha of the paper's section 4."""
-
-    alpha: float = Field(0.5, ge=0.0, le=1.0)
-
-
-class Rtn(Options):
-    """Options of rtn. `grid: searched` minimises the squared rounding error, `minmax` spans the extremes."""
-
-    grid: Literal["searched", "minmax"] = "minmax"
+    preprocessing: Preprocessing | None = None
 
 
 class Expert(Options):
@@ -123,7 +113,8 @@ class Expert(Options):
 
     `calibration` weighs the calibration domains in the statistics (a missing domain counts 1); empty weighs all alike.
     `on_unsupported` says what happens to a layer that the method cannot do; `block_fallback` names the block scheme
-    for rows that the block scheme's super-blocks do not fit.
+    for rows that the block scheme's super-blocks do not fit. `base` and `weights` make an image expert of another
+    full-precision model with the same labels.
     """
 
     name: Name
@@ -132,6 +123,8 @@ class Expert(Options):
     group_size: int | None = Field(None, ge=0)
     symmetric: bool | None = None
     checkpoint: str = ""
+    base: str = ""
+    weights: str = ""
     calibration: dict[str, float] = Field(default_factory=dict)
     sequential: bool = False
     on_unsupported: Literal["error", "rtn", "keep"] = "error"
@@ -175,6 +168,10 @@ class Router(Options):
     on validation. What a recipe sets replaces both presets' values; the verdict's line `paper` is the paper's router
     where the recipe sets nothing but the preset. `guard` falls back to the best single expert unless the predicted gain
     clears its standard error.
+
+    Images: `feature` is what the router sees, the base model's first stage, pooled, or the penultimate features of the
+    recipe's first expert. `loss` is what it is trained on. `policy: cascade` asks a second expert where the first is
+    unsure, as long as the mean cost, in forward passes of an expert per image, stays within `max_cost`.
     """
 
     preset: Literal["paper", "tuned"] = "tuned"
@@ -190,6 +187,10 @@ class Router(Options):
     balance: Balance = Balance()
     guard: bool = True
     max_tokens: int = Field(512, ge=1)
+    feature: Literal["stem", "backbone"] = "stem"
+    loss: Literal["cross_entropy", "zero_one"] = "cross_entropy"
+    policy: Literal["route", "cascade"] = "route"
+    max_cost: float = Field(1.1, ge=1.0, le=2.0)
 
 
 class Protocol(Options):
@@ -199,11 +200,35 @@ class Protocol(Options):
     prefix: int = Field(64, ge=1)
 
 
+# What only one task reads, by section; anybody else's recipe that states it is refused.
+ONLY: dict[str, dict[type[Options], frozenset[str]]] = {
+    "language": {
+        Source: frozenset({"domain", "separator"}),
+        Data: frozenset({"window"}),
+        Expert: frozenset({"checkpoint", "calibration", "sequential", "on_unsupported", "block_fallback"})
+        | {"group_size", "symmetric", "gptq", "awq", "smoothquant", "rtn"},
+        Router: frozenset({"layers", "heads", "dropout", "max_tokens"}),
+    },
+    "image-classification": {
+        Source: frozenset({"label_column"}),
+        Data: frozenset({"preprocessing"}),
+        Expert: frozenset({"base", "weights"}),
+        Router: frozenset({"feature", "loss", "policy", "max_cost"}),
+    },
+}
+
+
 class Recipe(Options):
-    """Everything about a mixture. See the class of each section for its options."""
+    """Everything about a mixture. See the class of each section for its options.
+
+    `weights`: a state dict for a base that is `package.module:factory` or `timm:<name>`. `runtime`: what computes the
+    losses; `onnx` is for images.
+    """
 
     base: str
-    task: Literal["language"] = "language"
+    weights: str = ""
+    task: Literal["language", "image-classification"] = "language"
+    runtime: Literal["reference", "onnx"] = "reference"
     data: Data
     experts: tuple[Expert, ...] = Field(min_length=1)
     router: Router = Router()
@@ -217,11 +242,26 @@ class Recipe(Options):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"expert names must differ, and {', '.join(twice)} stands twice")
+        self._refuse_other_tasks_keys()
         if self.task == "language" and self.protocol.prefix >= self.data.window:
             raise ValueError(
                 f"protocol.prefix ({self.protocol.prefix}) must be shorter than data.window ({self.data.window})"
             )
         return self
+
+    def _refuse_other_tasks_keys(self) -> None:
+        """Raise ValueError for a stated key that this task does not read."""
+        own = {"language": {"protocol"}, "image-classification": {"weights", "runtime"}}
+        foreign = [
+            key for task, keys in own.items() if task != self.task for key in sorted(keys & self.model_fields_set)
+        ]
+        sections: list[Options] = [*self.data.calibration, *self.data.router, *self.data.test, self.data]
+        for section in (*sections, *self.experts, self.router):
+            for task, keys in ONLY.items():
+                if task != self.task:
+                    foreign += sorted(keys.get(type(section), frozenset()) & section.model_fields_set)
+        if foreign:
+            raise ValueError(f"{', '.join(dict.fromkeys(foreign))} has no effect where task is {self.task}: remove it")
 
     @property
     def hash(self) -> str:

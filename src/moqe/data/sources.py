@@ -131,20 +131,20 @@ def _json_lines(path: Path, source: Source) -> Iterator[str]:
                 raise DataError(f"{where} is not JSON: {error.msg}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where} is not a JSON object")
-            if source.column not in row:
-                raise _no_column(where, source.column, row)
-            yield _text(row[source.column], where, source.column)
+            if source.text_column not in row:
+                raise _no_column(where, source.text_column, row)
+            yield _text(row[source.text_column], where, source.text_column)
 
 
 def _parquet(path: Path, source: Source) -> Iterator[str]:
     try:
         with pq.ParquetFile(path) as table:
             names = table.schema_arrow.names
-            if source.column not in names:
-                raise _no_column(str(path), source.column, names)
-            batches = table.iter_batches(columns=[source.column])
+            if source.text_column not in names:
+                raise _no_column(str(path), source.text_column, names)
+            batches = table.iter_batches(columns=[source.text_column])
             for row, value in enumerate(value for batch in batches for value in batch.column(0).to_pylist()):
-                yield _text(value, f"{path}, row {row}", source.column)
+                yield _text(value, f"{path}, row {row}", source.text_column)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from None
 
@@ -164,9 +164,9 @@ def _from_hub(path: str, source: Source) -> Iterator[tuple[str, str]]:
 def _columns(path: str, rows: Iterable[Mapping[str, object]], source: Source) -> Iterator[str]:
     """The text of every row, fetched as it is asked for."""
     for number, row in enumerate(rows):
-        if source.column not in row:
-            raise _no_column(path, source.column, row)
-        yield _text(row[source.column], f"{path}, row {number}", source.column)
+        if source.text_column not in row:
+            raise _no_column(path, source.text_column, row)
+        yield _text(row[source.text_column], f"{path}, row {number}", source.text_column)
 
 
 def _text(value: object, where: str, column: str) -> str:

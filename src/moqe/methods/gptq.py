@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from moqe.errors import NumericalError
+from moqe.method_options import Gptq as GptqOptions
 from moqe.methods.grids import Grid, group_width, minmax_grid, searched_grid
 from moqe.methods.method import Notes
 from moqe.methods.statistics import InputStatistics
 from moqe.quantized import IntegerTensor
 from moqe.recipe import Expert
-from moqe.recipe import Gptq as GptqOptions
 from moqe.schemes import Scheme
 
 ESCALATIONS = 4  # damping may grow by this many powers of ten

@@ -1,0 +1,39 @@
+"""Options of the quantization methods, as a recipe's experts state them. A section that a method lacks is refused."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moqe.options import Options
+
+
+class Gptq(Options):
+    """Options of gptq. `damping` is relative to the mean of H's diagonal; `block_columns` only changes speed."""
+
+    damping: float = Field(0.01, gt=0.0)
+    activation_order: bool = True
+    block_columns: int = Field(128, ge=1)
+    grid: Literal["searched", "minmax"] = "searched"
+
+
+class Awq(Options):
+    """Options of awq: points of the scale search over exponents in [0, 1), and the clipping search."""
+
+    grid_points: int = Field(20, ge=2)
+    clip: bool = True
+    clip_steps: int = Field(10, ge=1)
+    max_shrink: float = Field(0.5, gt=0.0, lt=1.0)
+
+
+class SmoothQuant(Options):
+    """Options of smoothquant: the migration strength alpha of the paper's section 4."""
+
+    alpha: float = Field(0.5, ge=0.0, le=1.0)
+
+
+class Rtn(Options):
+    """Options of rtn. `grid: searched` minimises the squared rounding error, `minmax` spans the extremes."""
+
+    grid: Literal["searched", "minmax"] = "minmax"
