@@ -9,7 +9,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from moqe.data.documents import Document
-from moqe.data.splits import make_splits, split_documents, tokenizer_digest
+from moqe.data.partition import split_documents
+from moqe.data.splits import make_splits, tokenizer_digest
 from moqe.errors import DataError
 from moqe.recipe import Data, Source
 

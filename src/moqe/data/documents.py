@@ -20,3 +20,8 @@ class Document:
     def digest(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the UTF-8 text: equal texts are the same document."""
         return digest_bytes(self.text.encode("utf-8"))[:16]
+
+    @property
+    def size(self) -> int:
+        """Characters of the text."""
+        return len(self.text)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moqe.data.documents import Document
+from moqe.data.partition import spread
 from moqe.data.samples import TextSamples
 from moqe.errors import DataError
 from moqe.store import canonical_hash
@@ -80,7 +81,7 @@ def pack_windows(
 
     cuts = [(pack, start) for pack in packs for start in range(0, len(pack.ids) - body + 1, body)]
     if max_samples is not None and max_samples < len(cuts):
-        cuts = [cuts[i] for i in _spread([(pack.domain, pack.name) for pack, _ in cuts], max_samples, seed)]
+        cuts = [cuts[i] for i in spread([(pack.domain, pack.name) for pack, _ in cuts], max_samples, seed)]
     windows = torch.tensor([[*begin, *pack.ids[start : start + body]] for pack, start in cuts], dtype=torch.int64)
     return TextSamples(
         windows,
@@ -137,23 +138,3 @@ def _packs(encoded: Iterable[tuple[str, list[int]]], domain: str, body: int, sep
             names, gathered = [], []
     if gathered:
         log.debug("domain %s: %d tokens in %d documents fill no window", domain, len(gathered), len(names))
-
-
-def _spread(units: Sequence[tuple[str, str]], wanted: int, seed: int) -> list[int]:
-    """Rows of `units`, (domain, pack), chosen evenly over domains, then over packs; sorted.
-
-    A domain or pack with fewer windows than its share gives the rest to the others.
-    """
-    generator = np.random.default_rng(seed)
-    by_domain: dict[str, dict[str, list[int]]] = {}
-    for row in generator.permutation(len(units)).tolist():
-        domain, pack = units[row]
-        by_domain.setdefault(domain, {}).setdefault(pack, []).append(row)
-    queues = {domain: _take_turns(list(packs.values())) for domain, packs in sorted(by_domain.items())}
-    return sorted(_take_turns(list(queues.values()))[:wanted])
-
-
-def _take_turns(queues: Sequence[Sequence[int]]) -> list[int]:
-    """One item of each queue in turn until all are empty."""
-    longest = max(map(len, queues))
-    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
