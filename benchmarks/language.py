@@ -146,7 +146,7 @@ class Clock:
 def score(task: LanguageTask, work: Path, names: Sequence[str], splits: Sequence[str], bars: Bars) -> LossTableFile:
     """Score experts on splits, skipping what is scored already; return the table, not yet merged."""
     described = {split: task.describe(split) for split in splits}
-    losses = LossTableFile(work / "parts", names, described, task.runtime_name, CHUNK)
+    losses = LossTableFile(work / "parts", names, described, task.metrics, task.runtime_name, CHUNK)
     for name in names:
         pending = [chunk for split in splits for chunk in losses.pending(name, split)]
         with bars.track(f"score {name}", len(pending)) as advance:
@@ -276,7 +276,7 @@ def write_methods(
     out: Path, task: LanguageTask, recipe: Recipe, losses: Path, clock: Clock, options: argparse.Namespace
 ) -> None:
     """The section on single experts."""
-    test = read_losses(losses, "test", WHOLE)
+    test = read_losses(losses, "test", WHOLE, task.metric)
     ours = math.exp(float(test.base.sum() / test.count.sum()))
     if "independent perplexity" not in clock.facts:
         clock.note("independent perplexity", independent(task, options.base, losses.parent))
@@ -335,7 +335,9 @@ table asks four questions (two routers, two protocols); one interval in twenty m
         verdicts = []
         for protocol in (WHOLE, "prefix-64"):
             tables = {
-                split: read_losses(losses, split, protocol).of(names) for split in splits if split != "calibration"
+                split: read_losses(losses, split, protocol, task.metric).of(names)
+                for split in splits
+                if split != "calibration"
             }
             started = time.perf_counter()
             fitted = fit_routers(

@@ -235,7 +235,7 @@ def _compare_identity(place: MixtureFolder, now: Mapping[str, str], before: Mapp
 def _table(task: Task, recipe: Recipe, place: MixtureFolder, splits: Sequence[str]) -> LossTableFile:
     names = [BASE, *(expert.name for expert in recipe.experts)]
     described = {split: task.describe(split) for split in splits}
-    return LossTableFile(place.work / "losses", names, described, task.runtime_name, CHUNK_SAMPLES)
+    return LossTableFile(place.work / "losses", names, described, task.metrics, task.runtime_name, CHUNK_SAMPLES)
 
 
 def _score(task: Task, recipe: Recipe, place: MixtureFolder, splits: Sequence[str], progress: Progress) -> None:
@@ -260,7 +260,8 @@ def _train(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress)
         if done.exists():
             continue
         train, validation = (
-            (read_losses(table, split, protocol), task.features(split, protocol)) for split in ROUTER_SPLITS
+            (read_losses(table, split, protocol, task.router_metric), task.features(split, protocol))
+            for split in ROUTER_SPLITS
         )
         fitted = fit_routers(train, validation, recipe.router, task.modality, recipe.seed, progress)
         for name, router in fitted.routers.items():
@@ -275,8 +276,8 @@ def _judge(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress)
         _table(task, recipe, place, (*ROUTER_SPLITS, "test")).merge(place.losses)
     protocols = {
         protocol: judge_routers(
-            read_losses(place.losses, "test", protocol),
-            read_losses(place.losses, "router_validation", protocol),
+            read_losses(place.losses, "test", protocol, task.metric),
+            read_losses(place.losses, "router_validation", protocol, task.metric),
             task.features("test", protocol),
             {name: load_router(place.router(protocol) / name) for name in ROUTERS},
             recipe.seed,

@@ -5,6 +5,7 @@ mixture.json         written last: experts, their files' digests, identity; a fo
 shared/              tensors and tokenizer that all experts have in common
 experts/<name>/      a compressed-tensors folder or split GGUF, and certificate.json
 losses.parquet       the loss table
+predictions.parquet  where samples have a true class: every expert's log-probabilities
 router/<protocol>/   the deployed router and the ones it was compared with
 verdict.json  report.html  README.md
 .work/               state of an unfinished build; removed at the end
@@ -49,6 +50,11 @@ class MixtureFolder:
     def losses(self) -> Path:
         """The loss table."""
         return self.path / "losses.parquet"
+
+    @property
+    def predictions(self) -> Path:
+        """Every expert's log-probabilities, where samples have a true class."""
+        return self.path / "predictions.parquet"
 
     def router(self, protocol: str) -> Path:
         """The routers of one protocol."""

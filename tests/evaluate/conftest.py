@@ -26,6 +26,7 @@ def make_by_hand(
     return LossTable(
         protocol="whole",
         runtime="reference",
+        metric="nats_per_token",
         experts=tuple(experts),
         loss=total,
         base=np.asarray(base, float),
@@ -62,6 +63,7 @@ def make_simulated(
     return LossTable(
         protocol=protocol,
         runtime="reference",
+        metric="nats_per_token",
         experts=tuple(experts),
         loss=loss,
         base=level * count,

@@ -5,11 +5,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from moqe.data.protocols import SplitSamples, protocol_digest, reduce
+from moqe.data.protocols import Scored, SplitSamples, protocol_digest, reduce
 from moqe.errors import CheckpointError, NumericalError, ProtocolError
 from moqe.evaluate.table_file import LossTableFile, read_losses
 
 PROTOCOLS = ("whole", "prefix-4")
+METRIC = "nats_per_token"
 UNITS = 9
 
 
@@ -28,11 +29,16 @@ def nats(expert: str, split_name: str, n: int) -> torch.Tensor:
     return torch.rand(n, UNITS, generator=generator)
 
 
+def scored(nats: torch.Tensor, protocols: tuple[str, ...] = PROTOCOLS) -> Scored:
+    return Scored({protocol: {METRIC: reduce(nats, protocol)} for protocol in protocols})
+
+
 def table_file(folder: Path, runtime: str = "reference", chunk: int = 3, digest: str = "samples") -> LossTableFile:
     return LossTableFile(
         folder / "parts",
         ("base", "rtn", "gptq"),
         {"test": split(7, digest), "router_validation": split(4)},
+        (METRIC,),
         runtime,
         chunk,
     )
@@ -46,7 +52,7 @@ def score(file: LossTableFile, stop_after: int = 10**6) -> int:
                 if written == stop_after:
                     return written
                 losses = nats(expert, name, len(samples))[list(chunk.rows)]
-                file.add(chunk, {protocol: reduce(losses, protocol) for protocol in PROTOCOLS})
+                file.add(chunk, scored(losses))
                 written += 1
     return written
 
@@ -55,7 +61,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     file = table_file(tmp_path)
     score(file)
     file.merge(tmp_path / "losses.parquet")
-    table = read_losses(tmp_path / "losses.parquet", "test", "prefix-4")
+    table = read_losses(tmp_path / "losses.parquet", "test", "prefix-4", METRIC)
     assert table.experts == ("rtn", "gptq")
     assert (table.protocol, table.runtime, len(table)) == ("prefix-4", "reference", 7)
     expected = nats("gptq", "test", 7).double()[:, 3:]
@@ -119,16 +125,16 @@ def test_a_table_that_mixes_runtimes_is_refused(tmp_path: Path) -> None:
     index = rows.schema.get_field_index("runtime")
     pq.write_table(rows.set_column(index, rows.schema.field(index), [runtimes]), path)
     with pytest.raises(ProtocolError, match="packed and reference"):
-        read_losses(path, "test", "whole")
+        read_losses(path, "test", "whole", METRIC)
 
 
 def test_a_loss_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     file = table_file(tmp_path)
     chunk = next(file.pending("rtn", "test"))
-    losses = {protocol: reduce(torch.ones(3, UNITS), protocol) for protocol in PROTOCOLS}
-    losses["whole"].loss_sum[1] = np.nan
+    found = scored(torch.ones(3, UNITS))
+    found.losses["whole"][METRIC].loss_sum[1] = np.nan
     with pytest.raises(NumericalError, match="rtn"):
-        file.add(chunk, losses)
+        file.add(chunk, found)
     assert list(tmp_path.rglob("*.parquet")) == []
 
 
@@ -136,9 +142,9 @@ def test_losses_must_fit_the_chunk(tmp_path: Path) -> None:
     file = table_file(tmp_path)
     chunk = next(file.pending("rtn", "test"))
     with pytest.raises(ProtocolError, match="protocols"):
-        file.add(chunk, {"whole": reduce(torch.ones(3, UNITS), "whole")})
+        file.add(chunk, scored(torch.ones(3, UNITS), ("whole",)))
     with pytest.raises(ProtocolError, match="2 losses for 3 samples"):
-        file.add(chunk, {protocol: reduce(torch.ones(2, UNITS), protocol) for protocol in PROTOCOLS})
+        file.add(chunk, scored(torch.ones(2, UNITS)))
 
 
 def test_unknown_splits_and_protocols_get_a_suggestion(tmp_path: Path) -> None:
@@ -147,18 +153,18 @@ def test_unknown_splits_and_protocols_get_a_suggestion(tmp_path: Path) -> None:
     path = tmp_path / "losses.parquet"
     file.merge(path)
     with pytest.raises(ProtocolError, match="did you mean 'prefix-4'"):
-        read_losses(path, "test", "prefix-5")
+        read_losses(path, "test", "prefix-5", METRIC)
     with pytest.raises(ProtocolError, match="did you mean 'router_validation'"):
-        read_losses(path, "validation", "whole")
+        read_losses(path, "validation", "whole", METRIC)
 
 
 def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        read_losses(tmp_path / "losses.parquet", "test", "whole")
+        read_losses(tmp_path / "losses.parquet", "test", "whole", METRIC)
     file = table_file(tmp_path)
     score(file)
     path = tmp_path / "losses.parquet"
     file.merge(path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CheckpointError, match="delete it"):
-        read_losses(path, "test", "whole")
+        read_losses(path, "test", "whole", METRIC)

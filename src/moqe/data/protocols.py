@@ -68,6 +68,18 @@ class SampleLosses:
     first_half_count: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What an expert was found to do on n samples.
+
+    losses: per protocol and metric. log_probabilities: of every class, float16 (n, classes), where samples have one
+    true class; None where they have not.
+    """
+
+    losses: Mapping[str, Mapping[str, SampleLosses]]
+    log_probabilities: NDArray[np.float16] | None = None
+
+
 def reduce(unit_losses: Tensor, protocol: str) -> SampleLosses:
     """Sum the losses of units into losses of samples.
 
@@ -106,6 +118,7 @@ class SplitSamples:
 
     document, domain: n ids and labels. digest: the samples' identity. text_bytes: per protocol, the UTF-8 bytes of the
     scored text, int64 (n,), zero where there is none. protocol_digests: per protocol, the digest of its rule.
+    label: the true class of each sample, int64 (n,); None where samples have none, and then no predictions are kept.
     """
 
     document: tuple[str, ...]
@@ -113,6 +126,7 @@ class SplitSamples:
     digest: str
     text_bytes: Mapping[str, NDArray[np.int64]]
     protocol_digests: Mapping[str, str]
+    label: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.document)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from moqe.evaluate.judge import judge
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.metrics import METRICS, Metric, bits_per_byte, perplexity
+from moqe.evaluate.predictions import BASE, Predictions, read_predictions
 from moqe.evaluate.significance import Interval, intervals, mcnemar
-from moqe.evaluate.table_file import BASE, Chunk, LossTableFile, read_losses
+from moqe.evaluate.table_file import Chunk, LossTableFile, read_losses
 from moqe.evaluate.verdict import ExpertSummary, ProtocolVerdict, Verdict, read_verdict, write_verdict
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LossTable",
     "LossTableFile",
     "Metric",
+    "Predictions",
     "ProtocolVerdict",
     "Verdict",
     "bits_per_byte",
@@ -26,6 +28,7 @@ __all__ = [
     "mcnemar",
     "perplexity",
     "read_losses",
+    "read_predictions",
     "read_verdict",
     "write_verdict",
 ]

@@ -1,6 +1,7 @@
-"""The loss table: the loss of every expert on every sample, and what it was measured with.
+"""The loss table: what every metric says about every expert on every sample, and what it was measured with.
 
-On disk one parquet file in long form, one row per sample, expert and protocol; in memory one dense table per protocol.
+On disk one parquet file in long form, one row per sample, expert, metric and protocol; in memory one dense table per
+metric and protocol.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LossTable:
-    """Losses of n samples under one protocol, measured by one runtime.
+    """One metric of n samples under one protocol, measured by one runtime.
 
-    loss: nats summed over a sample's scored tokens, (n, experts). base: the same for the base model, (n,).
-    halves: the two halves of each sample's scored tokens, (n, experts, 2), which sum to `loss`.
-    count: scored tokens, (n,). count_halves: (n, 2). text_bytes: UTF-8 bytes of the scored text, (n,).
-    sample, document, domain: ids and labels, (n,). `experts` names the columns.
+    loss: the metric summed over a sample's scored units (nats over tokens; 0 or 1 for an image's top-1 accuracy),
+    (n, experts). base: the same for the base model, (n,). halves: the two halves of each sample's scored units,
+    (n, experts, 2), which sum to `loss`. count: scored units, (n,). count_halves: (n, 2). text_bytes: UTF-8 bytes of
+    the scored text, (n,). sample, document, domain: ids and labels, (n,). `experts` names the columns.
     """
 
     protocol: str
     runtime: str
+    metric: str
     experts: tuple[str, ...]
     loss: Floats
     base: Floats
@@ -42,11 +44,11 @@ class LossTable:
 
     @property
     def mean(self) -> Floats:
-        """Nats per token of every sample and expert, (n, experts): what routers are trained on."""
+        """The metric per scored unit of every sample and expert, (n, experts)."""
         return self.loss / self.count[:, None]
 
     def chosen(self, choice: NDArray[np.int64]) -> Floats:
-        """Summed nats of every sample when sample i goes to expert `choice[i]`, (n,)."""
+        """The sum of every sample when sample i goes to expert `choice[i]`, (n,)."""
         return self.loss[np.arange(len(self)), choice]
 
     def select(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> LossTable:

@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moqe.data.protocols import SampleLosses, SplitSamples
+from moqe.data.protocols import SampleLosses, Scored, SplitSamples
 from moqe.errors import CheckpointError, NumericalError, ProtocolError, did_you_mean
 from moqe.evaluate.loss_table import LossTable
+from moqe.evaluate.predictions import BASE, prediction_rows, read_prediction_rows
 from moqe.store import atomic
 
-BASE = "base"
 SCHEMA = pa.schema(
     [
         pa.field(name, kind, nullable=False)
@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
             "domain": pa.string(),
             "expert": pa.string(),
             "protocol": pa.string(),
+            "metric": pa.string(),
             "loss_sum": pa.float64(),
             "count": pa.int64(),
             "first_half_sum": pa.float64(),
@@ -58,8 +59,9 @@ class Chunk:
 class LossTableFile:
     """A loss table under construction: part files in `folder`, one file once merged.
 
-    experts: "base" and the experts' names, in the order of the table. splits: the samples by split name. runtime:
-    what computes the losses. chunk_samples: samples per part file.
+    experts: "base" and the experts' names, in the order of the table. splits: the samples by split name. metrics: what
+    is measured of each. runtime: what computes the losses. chunk_samples: samples per part file. Of a split with labels
+    the experts' predictions are kept as well.
     """
 
     def __init__(
@@ -67,11 +69,12 @@ class LossTableFile:
         folder: Path,
         experts: Sequence[str],
         splits: Mapping[str, SplitSamples],
+        metrics: Sequence[str],
         runtime: str,
         chunk_samples: int = 16,
     ) -> None:
         self.folder, self.experts, self.splits = folder, tuple(experts), dict(splits)
-        self.runtime, self.chunk_samples = runtime, chunk_samples
+        self.metrics, self.runtime, self.chunk_samples = tuple(metrics), runtime, chunk_samples
 
     def chunks(self, expert: str, split: str) -> list[Chunk]:
         """All chunks of one expert and split."""
@@ -92,24 +95,43 @@ class LossTableFile:
             else:
                 self._read_part(chunk)
 
-    def add(self, chunk: Chunk, losses: Mapping[str, SampleLosses]) -> None:
-        """Write a chunk's losses: one SampleLosses per protocol, with a row for each of the chunk's samples.
+    def add(self, chunk: Chunk, scored: Scored) -> None:
+        """Write what was measured of a chunk: all metrics under all protocols, a row for each of the chunk's samples.
 
-        Raises NumericalError on a loss that is not finite, ProtocolError when protocols or rows do not fit the split.
+        Raises NumericalError on a number that is not finite, ProtocolError when protocols, metrics or rows do not fit
+        the split, or predictions are missing where samples have labels.
         """
         split = self.splits[chunk.split]
-        if set(losses) != set(split.protocol_digests):
-            raise ProtocolError(
-                f"losses of {chunk.expert} on {chunk.split} came under the protocols {sorted(losses)}, "
-                f"and the table holds {sorted(split.protocol_digests)}"
-            )
-        tables = [self._rows(chunk, protocol, losses[protocol]) for protocol in split.protocol_digests]
+        found_metrics = [("metrics", set(losses), set(self.metrics)) for losses in scored.losses.values()]
+        for what, found, wanted in (
+            ("protocols", set(scored.losses), set(split.protocol_digests)),
+            *found_metrics,
+        ):
+            if found != wanted:
+                raise ProtocolError(
+                    f"losses of {chunk.expert} on {chunk.split} came under the {what} {sorted(found)}, "
+                    f"and the table holds {sorted(wanted)}"
+                )
+        if (scored.log_probabilities is None) != (split.label is None):
+            lacking = "predictions" if scored.log_probabilities is None else "labels"
+            raise ProtocolError(f"{chunk.expert} on {chunk.split} came without {lacking}: both are kept, or neither")
+        tables = [
+            self._rows(chunk, protocol, metric, scored.losses[protocol][metric])
+            for protocol in split.protocol_digests
+            for metric in self.metrics
+        ]
+        if scored.log_probabilities is not None and split.label is not None:  # first: the other part says "done"
+            label = split.label[chunk.rows.start : chunk.rows.stop]
+            rows = prediction_rows(chunk.split, chunk.rows, label, chunk.expert, scored.log_probabilities)
+            with atomic(self._prediction_part(chunk)) as partial:
+                pq.write_table(rows, partial, compression="zstd")
         with atomic(self._part(chunk)) as partial:
             pq.write_table(pa.concat_tables(tables), partial, compression="zstd")
 
-    def merge(self, path: Path) -> None:
-        """Join all parts into the file `path`, ordered by split, protocol, expert and sample.
+    def merge(self, path: Path, predictions: Path | None = None) -> None:
+        """Join all parts into the file `path`, ordered by split, protocol, metric, expert and sample.
 
+        predictions: where those go, ordered by split, expert and sample, if there are any.
         Raises CheckpointError when a chunk is missing.
         """
         ordered = []
@@ -119,14 +141,31 @@ class LossTableFile:
                 for expert in self.experts
             ]
             for protocol in samples.protocol_digests:
-                ordered += [table.filter(pc.equal(table["protocol"], protocol)) for table in by_expert]
+                for metric in self.metrics:
+                    ordered += [
+                        table.filter(pc.and_(pc.equal(table["protocol"], protocol), pc.equal(table["metric"], metric)))
+                        for table in by_expert
+                    ]
+        labelled = [split for split, samples in self.splits.items() if samples.label is not None]
+        if predictions is not None and labelled:
+            parts = [
+                read_prediction_rows(self._prediction_part(chunk))
+                for split in labelled
+                for expert in self.experts
+                for chunk in self.chunks(expert, split)
+            ]
+            with atomic(predictions) as partial:
+                pq.write_table(pa.concat_tables(parts).combine_chunks(), partial, compression="zstd")
         with atomic(path) as partial:
             pq.write_table(pa.concat_tables(ordered).combine_chunks(), partial, compression="zstd")
 
     def _part(self, chunk: Chunk) -> Path:
         return self.folder / f"{chunk.expert}-{chunk.split}-{chunk.number:05d}.parquet"
 
-    def _rows(self, chunk: Chunk, protocol: str, losses: SampleLosses) -> pa.Table:
+    def _prediction_part(self, chunk: Chunk) -> Path:
+        return self.folder / "predictions" / self._part(chunk).name
+
+    def _rows(self, chunk: Chunk, protocol: str, metric: str, losses: SampleLosses) -> pa.Table:
         split, rows = self.splits[chunk.split], chunk.rows
         n = len(rows)
         if len(losses.loss_sum) != n:
@@ -144,6 +183,7 @@ class LossTableFile:
             "domain": split.domain[part],
             "expert": [chunk.expert] * n,
             "protocol": [protocol] * n,
+            "metric": [metric] * n,
             "loss_sum": losses.loss_sum,
             "count": losses.count,
             "first_half_sum": losses.first_half_sum,
@@ -162,9 +202,11 @@ class LossTableFile:
             raise CheckpointError(f"{chunk.expert} is not scored on {chunk.split} yet ({path.name} is missing): resume")
         table, split = _read_parquet(path), self.splits[chunk.split]
         found = {
-            name: set(table[name].unique().to_pylist()) for name in ("runtime", "protocol_digest", "samples_digest")
+            name: set(table[name].unique().to_pylist())
+            for name in ("metric", "runtime", "protocol_digest", "samples_digest")
         }
         wanted = {
+            "metric": set(self.metrics),
             "runtime": {self.runtime},
             "protocol_digest": set(split.protocol_digests.values()),
             "samples_digest": {split.digest},
@@ -181,18 +223,18 @@ class LossTableFile:
         return table
 
 
-def read_losses(path: Path, split: str, protocol: str) -> LossTable:
-    """Read one split under one protocol from a merged loss table.
+def read_losses(path: Path, split: str, protocol: str, metric: str) -> LossTable:
+    """Read one metric of one split under one protocol from a merged loss table.
 
-    Raises CheckpointError when the file is missing, damaged or incomplete; ProtocolError when split or protocol are
-    not in it or when it mixes runtimes, rules or samples; NumericalError on a loss that is not finite.
+    Raises CheckpointError when the file is missing, damaged or incomplete; ProtocolError when split, protocol or metric
+    are not in it or when it mixes runtimes, rules or samples; NumericalError on a loss that is not finite.
     """
     table = _read_parquet(path)
-    for name, wanted in (("split", split), ("protocol", protocol)):
+    for name, wanted in (("split", split), ("protocol", protocol), ("metric", metric)):
         known = table[name].unique().to_pylist()
         if wanted not in known:
             raise ProtocolError(f"{path} has no {name} {wanted!r}; {did_you_mean(wanted, known)}")
-    table = table.filter(pc.and_(pc.equal(table["split"], split), pc.equal(table["protocol"], protocol)))
+        table = table.filter(pc.equal(table[name], wanted))
     for name in ("runtime", "protocol_digest", "samples_digest"):
         values = set(table[name].unique().to_pylist())
         if len(values) != 1:
@@ -216,6 +258,7 @@ def read_losses(path: Path, split: str, protocol: str) -> LossTable:
     return LossTable(
         protocol=protocol,
         runtime=base["runtime"][0].as_py(),
+        metric=metric,
         experts=tuple(columns),
         loss=loss,
         base=base_loss,

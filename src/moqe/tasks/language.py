@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moqe.data.protocols import (
     WHOLE,
-    SampleLosses,
+    Scored,
     SplitSamples,
     describe_text,
     prefix_protocol,
@@ -51,9 +51,11 @@ log = logging.getLogger("moqe")
 class LanguageTask:
     """A causal language model and its experts. Satisfies `Task`."""
 
-    metric = "nats_per_token"
+    metrics: tuple[str, ...] = ("nats_per_token",)
+    router_metric = "nats_per_token"
     modality = "text"
     runtime_name = "reference"
+    classes: tuple[str, ...] = ()
 
     def __init__(self, recipe: Recipe, folder: Path, device: str = "cpu") -> None:
         self.recipe, self.folder, self.device = recipe, MixtureFolder(folder), device
@@ -85,6 +87,11 @@ class LanguageTask:
         )
         rate = measure_flops(device)
         return estimate(measure_shape(decoder), recipe.experts, schemes, METHODS, workload, rate)
+
+    @property
+    def metric(self) -> str:
+        """The metric that the verdict judges."""
+        return self.metrics[0]
 
     @cached_property
     def _splits(self) -> dict[str, TextSamples]:
@@ -135,10 +142,10 @@ class LanguageTask:
         """Quantize what is not yet on disk."""
         ExpertMaker(self.recipe, self.schemes, self.decoder, self.folder).run(self._splits["calibration"], progress)
 
-    def losses(self, expert: str, split: str, rows: Sequence[int]) -> Mapping[str, SampleLosses]:
+    def losses(self, expert: str, split: str, rows: Sequence[int]) -> Scored:
         """Losses of an expert (or `base`) on the samples of a split at `rows`, under every protocol, in nats."""
         token_nats = self._runtime(expert).score(self._splits[split].select(rows).tokens)
-        return {protocol: reduce(token_nats, protocol) for protocol in self.protocols}
+        return Scored({protocol: {self.metric: reduce(token_nats, protocol)} for protocol in self.protocols})
 
     @cached_property
     def _shared(self) -> SharedParts:
@@ -163,6 +170,9 @@ class LanguageTask:
         """Embeddings of the tokens that the router may see."""
         seen = visible_tokens(protocol) or self.recipe.router.max_tokens
         return TokenFeatures(self._splits[split].tokens[:, :seen], self._embedding, self.device)
+
+    def picture(self, split: str, row: int) -> None:
+        """Texts have no picture."""
 
     def facts(self) -> dict[str, ExpertFacts]:
         """Size and certificate of every expert, and the size of `base`."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moqe.data.protocols import SampleLosses, SplitSamples
+from moqe.data.protocols import Scored, SplitSamples
 from moqe.models.estimate import Estimate
 from moqe.progress import Progress
 from moqe.recipe import Recipe
@@ -52,15 +52,23 @@ class ExpertFacts:
 class Task(Protocol):
     """Language or images, bound to one recipe and one mixture folder.
 
-    metric: what a loss is, `nats_per_token` or `top1`. modality: which networks can route, `text`. runtime_name: what
-    computes the losses. protocols: names of the rules by which a sample is scored, the one that deployment follows
-    first.
+    metrics: what is measured of every sample, keys of `moqe.evaluate.METRICS`; the verdict judges the first and shows
+    the others beside it. router_metric: the one that routers are trained on. modality: which networks can route,
+    `text`. runtime_name: what computes the losses. protocols: names of the rules by which a sample is scored, the one
+    that deployment follows first. classes: names of the classes that a sample can be, in the order of an expert's
+    predictions; empty where samples have no true class.
     """
 
-    metric: str
+    metrics: tuple[str, ...]
+    router_metric: str
     modality: str
     runtime_name: str
     protocols: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def metric(self) -> str:
+        """The metric that the verdict judges: the first of `metrics`."""
 
     def __init__(self, recipe: Recipe, folder: Path, device: str) -> None: ...
 
@@ -83,11 +91,14 @@ class Task(Protocol):
     def make_experts(self, progress: Progress) -> None:
         """Quantize what is not yet on disk. Resumable; returns when every expert's folder is whole."""
 
-    def losses(self, expert: str, split: str, rows: Sequence[int]) -> Mapping[str, SampleLosses]:
-        """Losses of an expert (or `base`) on the samples of a split at `rows`, under every protocol, in nats."""
+    def losses(self, expert: str, split: str, rows: Sequence[int]) -> Scored:
+        """What an expert (or `base`) does on the samples of a split at `rows`: every metric under every protocol."""
 
     def features(self, split: str, protocol: str) -> Features:
         """What the router may see of the samples of a split under a protocol."""
+
+    def picture(self, split: str, row: int) -> bytes | None:
+        """A sample as a PNG small enough for a page, at most 128 pixels a side; None where samples are no images."""
 
     def facts(self) -> dict[str, ExpertFacts]:
         """Size and certificate of every expert, and the size of `base`."""
