@@ -6,7 +6,8 @@ FOLDER holds expert folders, as in a mixture. transformers: largest difference o
 `AutoModelForCausalLM.from_pretrained` against the reference runtime. llama.cpp (through xllamacpp, float32 cache, no
 flash attention): ten prompts, given as token ids and continued greedily by 16 tokens; equal continuations are counted,
 and where one parts from the reference's, how much less probable the reference finds llama.cpp's token (nats). llama.cpp
-rounds the inputs of quantized linears to 8 bits, which the reference does not.
+rounds the inputs of quantized linears to 8 bits, which the reference does not; so the comparison is made twice:
+with the reference's inputs rounded as ggml's (see `ggml_arithmetic`), and with the reference as it is.
 """
 
 from __future__ import annotations
@@ -21,11 +22,19 @@ import torch
 import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.ggml_arithmetic import round_inputs_as_ggml
 from benchmarks.tables import table, write_section
 from moqe.formats import open_expert
 from moqe.runtimes.reference import ReferenceRuntime
 
 TOKENS = 16
+LLAMA_HEADER = [
+    "expert",
+    "equal, inputs rounded alike",
+    "largest gap at a parting, nats",
+    "equal, inputs not rounded",
+    "largest gap at a parting, nats",
+]
 TEXT = "The mixture is better than its best expert, or the report says that it is not. def route(self, text): return"
 PROMPTS = (
     "def __init__(self, name, value):\n        self.name = name\n        self.",
@@ -75,21 +84,28 @@ def transformers_row(folder: Path, runtime: ReferenceRuntime, tokenizer: Any) ->
     return [folder.name, f"{difference:.1e}", f"{equal} of {tokens.shape[1]}", f"{float(ours.abs().max()):.1f}"]
 
 
-def llama_row(folder: Path, runtime: ReferenceRuntime, tokenizer: Any) -> list[str]:
+def llama_row(folder: Path, base: Any, tokenizer: Any) -> list[str]:
     """How many prompts llama.cpp continues as the reference does, and by how much the others were not a tie."""
-    engine = LlamaCpp(min(folder.glob("*.gguf")))
-    equal, partings = 0, []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt)["input_ids"]
-        ours, theirs = runtime.generate(torch.tensor([ids]), TOKENS), engine.greedy(ids)
-        if ours == theirs:
-            equal += 1
-            continue
-        at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        last = runtime.logits(torch.tensor([ids + ours[:at]]))[0, -1].log_softmax(-1)
-        partings.append(float(last[ours[at]] - last[theirs[at]]))
-    worst = f"{max(partings):.3f}" if partings else "none"
-    return [folder.name, f"{equal} of {len(PROMPTS)}", worst]
+    engine, files = LlamaCpp(min(folder.glob("*.gguf"))), open_expert(folder)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    theirs = [engine.greedy(ids) for ids in prompts]
+    cells = [folder.name]
+    for rounded in (True, False):
+        runtime = ReferenceRuntime(base, files, name=folder.name)
+        if rounded:
+            model = runtime.model()
+            round_inputs_as_ggml(model, files, model.get_output_embeddings(), base.config.dtype)
+        equal, partings = 0, []
+        for ids, answer in zip(prompts, theirs, strict=True):
+            ours = runtime.generate(torch.tensor([ids]), TOKENS)
+            if ours == answer:
+                equal += 1
+                continue
+            at = next(i for i, (a, b) in enumerate(zip(ours, answer, strict=True)) if a != b)
+            last = runtime.logits(torch.tensor([ids + ours[:at]]))[0, -1].log_softmax(-1)
+            partings.append(float(last[ours[at]] - last[answer[at]]))
+        cells += [f"{equal} of {len(PROMPTS)}", f"{max(partings):.3f}" if partings else "none"]
+    return cells
 
 
 def main() -> None:
@@ -104,10 +120,10 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
     folders, files = [], []
     for folder in sorted(path for path in options.experts.iterdir() if path.is_dir()):
-        runtime = ReferenceRuntime(base, open_expert(folder), name=folder.name)
         if any(folder.glob("*.gguf")):
-            files.append(llama_row(folder, runtime, tokenizer))
+            files.append(llama_row(folder, base, tokenizer))
         elif not is_asymmetric(folder):
+            runtime = ReferenceRuntime(base, open_expert(folder), name=folder.name)
             folders.append(transformers_row(folder, runtime, tokenizer))
     text = f"""
 ## Agreement on {options.base.name}
@@ -117,9 +133,10 @@ transformers cannot load, are left out):
 
 {table(["expert", "largest logit difference", "same top token", "largest logit"], folders)}
 
-llama.cpp against the reference runtime, {TOKENS} greedy tokens after each of {len(PROMPTS)} prompts:
+llama.cpp against the reference runtime, {TOKENS} greedy tokens after each of {len(PROMPTS)} prompts. First with the
+inputs of linears rounded to 8 bits in the reference too, as ggml's CPU kernels do; then the reference as it is:
 
-{table(["expert", "equal continuations", "largest gap at a parting, nats"], files)}
+{table(LLAMA_HEADER, files)}
 """
     write_section(options.out, options.name, text)
 

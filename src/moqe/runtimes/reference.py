@@ -54,6 +54,10 @@ class ReferenceRuntime:
         self._loaded: _Parts | None = None
         self._lock = threading.Lock()
 
+    def model(self) -> nn.Module:
+        """The expert as a module of transformers, loaded on first use; for whoever wants to look inside."""
+        return self._parts().model
+
     def release(self) -> None:
         """Give the expert's own weights back; the next use loads them again."""
         with self._lock:
@@ -144,7 +148,7 @@ class _Parts:
     """A model as body and head, so that logits can be made for a few positions at a time."""
 
     def __init__(self, model: Any) -> None:
-        self.body, self.head = model.base_model, model.get_output_embeddings()
+        self.model, self.body, self.head = model, model.base_model, model.get_output_embeddings()
         self.device = self.head.weight.device
         self.vocabulary = int(self.head.weight.shape[0])
         # Ids from the whole vocabulary: a padding id alone has a zero embedding and would show nothing.
