@@ -118,7 +118,7 @@ def test_every_parameter_is_there_and_the_block_is_untouched(method: str, wanted
         assert isinstance(tensor, IntegerTensor)
         assert tensor.scale.dtype is torch.bfloat16
         assert record.method_used == method
-        assert record.tokens == 400
+        assert record.seen == 400
         assert not record.substituted
     for name in ("norm.weight", "v_proj.bias", "mlp_norm.weight"):
         tensor = result.tensors[f"model.layers.3.{name}"]
@@ -134,9 +134,9 @@ def test_a_calibrated_method_beats_rounding_in_every_layer_and_at_the_output(met
     plain = quantize(expert("rtn", wanted), block, statistics)
     for record in ours.layers:
         assert record.error is not None
-        assert record.rtn_error is not None
-        assert record.error < record.rtn_error
-    assert [r.rtn_error for r in ours.layers] == [r.error for r in plain.layers]
+        assert record.baseline_error is not None
+        assert record.error < record.baseline_error
+    assert [r.baseline_error for r in ours.layers] == [r.error for r in plain.layers]
     exact = block(hidden).detach()
     distance = [float((loaded(block, result)(hidden).detach() - exact).square().sum()) for result in (ours, plain)]
     assert distance[0] < distance[1]
@@ -215,7 +215,7 @@ def test_domain_weights_reach_the_method() -> None:
     block, statistics, _ = setting(5)
     only = quantize(expert("gptq", calibration={"prose": 0.0}), block, statistics)
     direct = quantize(expert("gptq"), block, {key: {"code": parts["code"]} for key, parts in statistics.items()})
-    assert only.layers[0].tokens == 150
+    assert only.layers[0].seen == 150
     assert [r.error for r in only.layers] == [r.error for r in direct.layers]
 
 
@@ -320,8 +320,8 @@ def test_block_schemes_fall_back_only_where_the_recipe_says_so() -> None:
         assert record.method_used == "imatrix"
         assert "as block_fallback says" in record.substituted
         assert record.error is not None
-        assert record.rtn_error is not None  # of kquants
-        assert record.error < 1.05 * record.rtn_error
+        assert record.baseline_error is not None  # of kquants
+        assert record.error < 1.05 * record.baseline_error
 
 
 def test_split_rows_gives_back_the_parts() -> None:

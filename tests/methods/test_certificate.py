@@ -23,18 +23,20 @@ def record(name: str = "a", parameters: int = 100, **changes: object) -> LayerRe
 
 
 def test_totals_are_weighted_by_parameters() -> None:
-    kept = record("b", 300, method_used="keep", bits_per_weight=16.0, error=None, rtn_error=None, substituted="why")
-    certificate = certify(EXPERT, [record(), kept])
+    kept = record(
+        "b", 300, method_used="keep", bits_per_weight=16.0, error=None, baseline_error=None, substituted="why"
+    )
+    certificate = certify(EXPERT, [record(), kept], calibrated=True)
     assert certificate.parameters == 400
     assert certificate.substituted_share == 0.75
     assert certificate.bits_per_weight == pytest.approx((4.25 + 3 * 16) / 4, abs=1e-4)
     assert certificate.error == 0.01
-    assert certificate.rtn_error == 0.02
+    assert certificate.baseline_error == 0.02
     assert certificate.substitutions == (kept,)
 
 
 def test_json_round_trip() -> None:
-    certificate = certify(EXPERT, [record(), record("b", error=None)])
+    certificate = certify(EXPERT, [record(), record("b", error=None)], calibrated=True)
     content = json.loads(json.dumps(certificate.to_json()))
     assert Certificate.from_json(content) == certificate
     assert LayerRecord.from_json(content["layers"][0]) == certificate.layers[0]
@@ -42,7 +44,7 @@ def test_json_round_trip() -> None:
 
 @pytest.mark.parametrize("damage", ["layers", "parameters"])
 def test_a_malformed_certificate(damage: str) -> None:
-    content = certify(EXPERT, [record()]).to_json()
+    content = certify(EXPERT, [record()], calibrated=True).to_json()
     del content[damage]
     with pytest.raises(CheckpointError, match="malformed"):
         Certificate.from_json(content)
@@ -52,14 +54,14 @@ def test_a_malformed_certificate(damage: str) -> None:
 
 def test_a_calibrated_expert_that_is_rounding_everywhere() -> None:
     with pytest.raises(UnsupportedLayer, match="plain rounding in all 2 layers"):
-        certify(EXPERT, [record(equals_rtn=True), record("b", equals_rtn=True)])
-    certify(EXPERT, [record(equals_rtn=True), record("b")])
-    certify(Expert(name="x", method="rtn", scheme="w4a16"), [record(equals_rtn=True)])
+        certify(EXPERT, [record(equals_baseline=True), record("b", equals_baseline=True)], calibrated=True)
+    certify(EXPERT, [record(equals_baseline=True), record("b")], calibrated=True)
+    certify(Expert(name="x", method="rtn", scheme="w4a16"), [record(equals_baseline=True)], calibrated=False)
 
 
 def test_no_layers_at_all() -> None:
     with pytest.raises(UnsupportedLayer, match="no linear layer"):
-        certify(EXPERT, [])
+        certify(EXPERT, [], calibrated=True)
 
 
 def expert(**content: object) -> Expert:

@@ -255,7 +255,7 @@ def _record(
     """Measure one linear's result in the base model's coordinates."""
     columns = original.shape[1]
     bits = job.scheme.bits_per_weight(columns) if result is not None else float(torch.finfo(parameter_dtype).bits)
-    error, rtn_error, equals_rtn = None, None, False
+    error, baseline_error, equals_baseline = None, None, False
     if result is not None:
         plain_method = METHODS["kquants" if job.scheme.is_block else "rtn"]
         effective = unfold(result.dequantize(), original, stored, job.scale)
@@ -264,12 +264,12 @@ def _record(
         else:
             made = plain_method.quantize(original.float(), None, job.scheme, expert, scale_dtype, {})
             plain = made.dequantize()
-        equals_rtn = torch.equal(effective, plain)
+        equals_baseline = torch.equal(effective, plain)
         if job.statistics is not None:
             hessian = job.statistics.hessian
             energy = max(output_error(original.float(), hessian), torch.finfo(torch.float32).tiny)
             error = significant(output_error(effective - original, hessian) / energy)
-            rtn_error = error if equals_rtn else significant(output_error(plain - original, hessian) / energy)
+            baseline_error = error if equals_baseline else significant(output_error(plain - original, hessian) / energy)
     return LayerRecord(
         name=name,
         method_asked=expert.method,
@@ -279,10 +279,10 @@ def _record(
         group_size=job.scheme.block_size or job.scheme.group_size,
         parameters=original.numel(),
         bits_per_weight=bits,
-        tokens=job.statistics.tokens if job.statistics is not None else 0.0,
+        seen=job.statistics.tokens if job.statistics is not None else 0.0,
         error=error,
-        rtn_error=rtn_error,
-        equals_rtn=equals_rtn,
+        baseline_error=baseline_error,
+        equals_baseline=equals_baseline,
         substituted=job.substituted,
         notes={key: significant(value) for key, value in sorted(job.notes.items())},
     )

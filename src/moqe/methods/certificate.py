@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moqe.errors import CheckpointError, UnsupportedLayer
-from moqe.methods import method_named
 from moqe.recipe import Expert
 
 ERROR_DIGITS = 6  # significant; more would only show the order of summation
@@ -24,9 +23,9 @@ class LayerRecord:
     """What happened to one linear.
 
     name: full name of the weight. method and scheme as asked and as used; `method_used` is `keep` for a layer left in
-    full precision. group_size: of what was used, 0 per output channel. tokens: calibration tokens seen, weighted.
-    error, rtn_error: relative, of the result and of the scheme's uncalibrated method (rtn, or kquants for block
-    schemes); None where there are no statistics. equals_rtn: the result is that method's, number for number.
+    full precision. group_size: of what was used, 0 per output channel. seen: calibration tokens, weighted, or images.
+    error, baseline_error: relative, of the result and of the scheme's plain method (rtn, kquants for block schemes, ptq
+    for images); None where nothing was seen. equals_baseline: the result is that method's, number for number.
     substituted: empty, or why something else was done than asked. notes: what the method noted.
     """
 
@@ -38,10 +37,10 @@ class LayerRecord:
     group_size: int
     parameters: int
     bits_per_weight: float
-    tokens: float
+    seen: float
     error: float | None
-    rtn_error: float | None
-    equals_rtn: bool
+    baseline_error: float | None
+    equals_baseline: bool
     substituted: str = ""
     notes: Mapping[str, float] = field(default_factory=dict)
 
@@ -64,7 +63,7 @@ class Certificate:
 
     parameters: weights of all linears in the decoder's blocks. bits_per_weight: their mean as stored.
     substituted_share: the share of parameters in layers where something else was done than asked.
-    error, rtn_error: mean over layers that have one; None when none has.
+    error, baseline_error: mean over layers that have one; None when none has.
     """
 
     expert: str
@@ -74,7 +73,7 @@ class Certificate:
     bits_per_weight: float
     substituted_share: float
     error: float | None
-    rtn_error: float | None
+    baseline_error: float | None
     layers: tuple[LayerRecord, ...]
 
     @property
@@ -96,14 +95,17 @@ class Certificate:
             raise CheckpointError(f"certificate.json is malformed ({error}): build the expert again") from None
 
 
-def certify(expert: Expert, layers: Sequence[LayerRecord]) -> Certificate:
-    """Sum up the records of all blocks, and refuse a calibrated result that is plain rounding in disguise.
+def certify(expert: Expert, layers: Sequence[LayerRecord], calibrated: bool) -> Certificate:
+    """Sum up the records of all layers, and refuse a calibrated method's result that is plain rounding in disguise.
 
-    Raises UnsupportedLayer when there are no layers at all, or see `check_not_rtn`.
+    calibrated: whether the method is anything else than plain rounding.
+
+    Raises UnsupportedLayer when there are no layers at all, or see `check_not_baseline`.
     """
     if not layers:
         raise UnsupportedLayer(f"expert {expert.name!r}: the model has no linear layer to quantize")
-    check_not_rtn(expert, layers)
+    if calibrated:
+        check_not_baseline(expert, layers)
     parameters = sum(layer.parameters for layer in layers)
     return Certificate(
         expert.name,
@@ -113,14 +115,14 @@ def certify(expert: Expert, layers: Sequence[LayerRecord]) -> Certificate:
         round(sum(layer.bits_per_weight * layer.parameters for layer in layers) / parameters, 4),
         round(sum(layer.parameters for layer in layers if layer.substituted) / parameters, 6),
         _mean([layer.error for layer in layers]),
-        _mean([layer.rtn_error for layer in layers]),
+        _mean([layer.baseline_error for layer in layers]),
         tuple(layers),
     )
 
 
-def check_not_rtn(expert: Expert, layers: Sequence[LayerRecord]) -> None:
-    """Raise UnsupportedLayer when a calibrated method's result equals the uncalibrated one's in every layer."""
-    if method_named(expert.method).calibrated and all(layer.equals_rtn for layer in layers):
+def check_not_baseline(expert: Expert, layers: Sequence[LayerRecord]) -> None:
+    """Raise UnsupportedLayer when a calibrated method's result equals the plain one's in every layer."""
+    if all(layer.equals_baseline for layer in layers):
         raise UnsupportedLayer(
             f"expert {expert.name!r}: {expert.method} gave plain rounding in all {len(layers)} layers, so calibration "
             "had no effect: check the calibration data, or write the method that was really used"

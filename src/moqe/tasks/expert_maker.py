@@ -23,6 +23,7 @@ from moqe.formats.expert_files import ExpertWriter
 from moqe.formats.gguf_split import gguf_paths
 from moqe.formats.open import is_gguf
 from moqe.formats.safetensors_folder import save_tensors
+from moqe.methods import METHODS
 from moqe.methods.block import quantize_block
 from moqe.methods.certificate import LayerRecord, certify
 from moqe.models.calibration import CalibratedBlock, calibrate
@@ -80,7 +81,8 @@ class ExpertMaker:
             records = [
                 LayerRecord.from_json(layer) for k in blocks for layer in read_json(self._record(expert, k))["layers"]
             ]
-            write_json(self.folder.certificate(expert.name), certify(expert, records).to_json())
+            certificate = certify(expert, records, METHODS[expert.method].calibrated)
+            write_json(self.folder.certificate(expert.name), certificate.to_json())
 
     def _make(self, expert: Expert, writer: ExpertWriter, block: CalibratedBlock) -> None:
         """Quantize one block for one expert and write it, its record first: a written block has its record."""
