@@ -23,7 +23,7 @@ import torch
 from moqe.errors import RecipeChanged
 from moqe.evaluate import BASE, LossTableFile, read_losses
 from moqe.evaluate.publish import publish
-from moqe.evaluate.routing import ROUTERS, fit_routers, judge_routers
+from moqe.evaluate.routing import JUDGING_STEPS, ROUTERS, fit_routers, judge_routers
 from moqe.evaluate.verdict import ExpertSummary, Verdict, read_verdict, write_verdict
 from moqe.folder import MixtureFolder
 from moqe.mixture import FORMAT_VERSION, read_manifest, verify_mixture
@@ -31,7 +31,7 @@ from moqe.models.estimate import Estimate
 from moqe.progress import Progress, Silent
 from moqe.recipe import Expert, Recipe, dump_recipe, load_recipe
 from moqe.router import load_router, save_router
-from moqe.store import digest_file, disk_bytes, locked, read_json, require_room, write_json, write_text
+from moqe.store import digest_files, disk_bytes, locked, read_json, require_room, write_json, write_text
 from moqe.tasks import TASKS, ExpertFacts, Task
 from moqe.version import __version__
 
@@ -124,7 +124,7 @@ def build(
         if not place.manifest.exists():
             with timings.step("prepare"):
                 task = TASKS[parsed.task](parsed, place.path, device)
-                identity = task.identity()
+                identity = task.identity(shown)
                 if not place.recipe.exists():  # only now: a recipe that cannot be done claims no folder
                     write_text(place.recipe, dump_recipe(parsed))
                 _check_identity(place, identity | _producers(device))
@@ -137,7 +137,7 @@ def build(
                 _train(task, parsed, place, shown)
             with timings.step("verdict"):
                 _judge(task, parsed, place, shown)
-            _finish(place, parsed, task, identity)
+            _finish(place, parsed, task, identity, shown)
         shutil.rmtree(place.work, ignore_errors=True)
     return BuildResult(place.path, parsed.hash, read_verdict(place.verdict), timings.seconds, timings.peak_bytes)
 
@@ -164,16 +164,16 @@ def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | No
     are measured again where `losses.parquet` is missing.
     Raises CheckpointError for a folder that holds no complete mixture, RecipeChanged when base or data are others.
     """
-    place = MixtureFolder(Path(folder))
+    place, shown = MixtureFolder(Path(folder)), progress or Silent()
     manifest = read_manifest(place)
     with locked(place.path):
         recipe = load_recipe(place.recipe)
         task = TASKS[recipe.task](recipe, place.path, device)
-        _compare_identity(place, task.identity(), manifest["identity"])
-        verify_mixture(place, manifest)
+        _compare_identity(place, task.identity(shown), manifest["identity"])
+        verify_mixture(place, manifest, shown)
         if not place.losses.exists():
-            _score(task, recipe, place, ROUTER_SPLITS, progress or Silent())
-        _judge(task, recipe, place, progress or Silent())
+            _score(task, recipe, place, ROUTER_SPLITS, shown)
+        _judge(task, recipe, place, shown)
         shutil.rmtree(place.work, ignore_errors=True)
     return read_verdict(place.verdict)
 
@@ -274,18 +274,20 @@ def _judge(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress)
     if not place.losses.exists():
         _score(task, recipe, place, ("test",), progress)
         _table(task, recipe, place, (*ROUTER_SPLITS, "test")).merge(place.losses)
-    protocols = {
-        protocol: judge_routers(
-            read_losses(place.losses, "test", protocol, task.metric),
-            read_losses(place.losses, "router_validation", protocol, task.metric),
-            task.features("test", protocol),
-            {name: load_router(place.router(protocol) / name) for name in ROUTERS},
-            recipe.seed,
-            recipe.bootstrap_samples,
-            task.metric,
-        )
-        for protocol in task.protocols
-    }
+    with progress.track("judge", len(task.protocols) * JUDGING_STEPS) as advance:
+        protocols = {
+            protocol: judge_routers(
+                read_losses(place.losses, "test", protocol, task.metric),
+                read_losses(place.losses, "router_validation", protocol, task.metric),
+                task.features("test", protocol),
+                {name: load_router(place.router(protocol) / name) for name in ROUTERS},
+                recipe.seed,
+                recipe.bootstrap_samples,
+                task.metric,
+                advance=advance,
+            )
+            for protocol in task.protocols
+        }
     facts = task.facts()
     verdict = Verdict(
         recipe.hash,
@@ -319,16 +321,21 @@ def _linked_twice(place: MixtureFolder) -> int:
     return sum(path.stat().st_size for path in place.shared.rglob("*") if path.stat().st_ino in inodes)
 
 
-def _finish(place: MixtureFolder, recipe: Recipe, task: Task, identity: Mapping[str, str]) -> None:
+def _finish(place: MixtureFolder, recipe: Recipe, task: Task, identity: Mapping[str, str], progress: Progress) -> None:
     """Write the manifest, which makes the folder a mixture, and drop the state of the build."""
-    experts = {}
-    for expert in recipe.experts:
-        files = sorted(path for path in place.expert(expert.name).iterdir() if path.is_file())
-        experts[expert.name] = {
+    folders = [place.shared, *(place.expert(expert.name) for expert in recipe.experts)]
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    digests: dict[Path, dict[str, str]] = {folder: {} for folder in folders}
+    for path, digest in zip(files, digest_files(files, "digest files", progress), strict=True):
+        digests[path.parent][path.name] = digest
+    experts = {
+        expert.name: {
             "method": expert.method or "checkpoint",
             "scheme": expert.scheme,
-            "files": {path.name: digest_file(path) for path in files},
+            "files": digests[place.expert(expert.name)],
         }
+        for expert in recipe.experts
+    }
     manifest = {
         "format_version": FORMAT_VERSION,
         "recipe": recipe.hash,
@@ -338,6 +345,6 @@ def _finish(place: MixtureFolder, recipe: Recipe, task: Task, identity: Mapping[
         "protocols": list(task.protocols),
         "identity": dict(identity),
         "experts": experts,
-        "shared": {path.name: digest_file(path) for path in sorted(place.shared.iterdir())},
+        "shared": digests[place.shared],
     }
     write_json(place.manifest, manifest)

@@ -24,11 +24,12 @@ from moqe.folder import MixtureFolder
 from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.models.shared import SharedParts, open_shared
+from moqe.progress import Progress, Silent
 from moqe.recipe import Recipe, load_recipe
 from moqe.router import TokenFeatures, load_router
 from moqe.router.router import Router
 from moqe.runtimes.reference import ReferenceRuntime
-from moqe.store import digest_file, disk_bytes, read_json
+from moqe.store import digest_files, disk_bytes, read_json
 
 FORMAT_VERSION = 1
 
@@ -70,12 +71,16 @@ class Generation:
 
 
 class Mixture:
-    """A loaded mixture. Raises CheckpointError when the folder is half-built, damaged or no mixture."""
+    """A loaded mixture; `progress` shows files being verified.
 
-    def __init__(self, folder: Path | str, device: str = "cpu") -> None:
+    Raises CheckpointError when the folder is half-built, damaged or no mixture.
+    """
+
+    def __init__(self, folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> None:
         self.folder = MixtureFolder(Path(folder))
         self.manifest = read_manifest(self.folder)
-        _verify_files(self.folder.shared, self.manifest["shared"])
+        self._progress = progress or Silent()
+        _verify_files(_within(self.folder.shared, self.manifest["shared"]), self._progress)
         self.recipe: Recipe = load_recipe(self.folder.recipe)
         self.device = device
         self.experts: tuple[str, ...] = tuple(self.manifest["experts"])
@@ -149,7 +154,8 @@ class Mixture:
         if expert not in self.experts:
             raise MoqeError(f"no expert {expert!r} in {self.folder.path}; {did_you_mean(expert, self.experts)}")
         if expert not in self._runtimes:
-            _verify_files(self.folder.expert(expert), self.manifest["experts"][expert]["files"])
+            expected = _within(self.folder.expert(expert), self.manifest["experts"][expert]["files"])
+            _verify_files(expected, self._progress)
             files = open_expert(self.folder.expert(expert))
             self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert)
         return self._runtimes[expert]
@@ -172,9 +178,9 @@ class Mixture:
         return ids
 
 
-def load(folder: Path | str, device: str = "cpu") -> Mixture:
+def load(folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> Mixture:
     """Open a mixture's folder; see `Mixture`."""
-    return Mixture(folder, device)
+    return Mixture(folder, device, progress)
 
 
 def read_manifest(folder: MixtureFolder) -> dict[str, Any]:
@@ -193,23 +199,29 @@ def read_manifest(folder: MixtureFolder) -> dict[str, Any]:
     return manifest
 
 
-def verify_mixture(folder: MixtureFolder, manifest: Mapping[str, Any]) -> None:
+def verify_mixture(folder: MixtureFolder, manifest: Mapping[str, Any], progress: Progress | None = None) -> None:
     """Compare shared files and all experts' files with their digests. Raises CheckpointError naming what is damaged."""
-    _verify_files(folder.shared, manifest["shared"])
-    for name, entry in manifest["experts"].items():
-        _verify_files(folder.expert(name), entry["files"])
+    expected = _within(folder.shared, manifest["shared"])
+    for expert, entry in manifest["experts"].items():
+        expected |= _within(folder.expert(expert), entry["files"])
+    _verify_files(expected, progress or Silent())
 
 
-def _verify_files(place: Path, files: Mapping[str, str]) -> None:
-    for name, digest in files.items():
-        path = place / name
+def _within(place: Path, files: Mapping[str, str]) -> dict[Path, str]:
+    return {place / name: digest for name, digest in files.items()}
+
+
+def _verify_files(expected: Mapping[Path, str], progress: Progress) -> None:
+    for path in expected:
         if not path.exists():
             raise CheckpointError(f"{path} is missing: build again, or copy the folder again")
-        if digest_file(path) != digest:
+    found = digest_files(list(expected), "verify files", progress)
+    for (path, digest), actual in zip(expected.items(), found, strict=True):
+        if actual != digest:
             raise CheckpointError(f"{path} is damaged (its digest is not the manifest's): build or copy it again")
 
 
-def inspect(folder: Path | str, verify: bool = False) -> dict[str, Any]:
+def inspect(folder: Path | str, verify: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """What a mixture is made of: recipe, experts with certificates and bytes, protocols, verdict.
 
     verify: also compare shared files and every expert's with their digests.
@@ -218,7 +230,7 @@ def inspect(folder: Path | str, verify: bool = False) -> dict[str, Any]:
     place = MixtureFolder(Path(folder))
     manifest = read_manifest(place)
     if verify:
-        verify_mixture(place, manifest)
+        verify_mixture(place, manifest, progress)
     return {
         "folder": str(place.path),
         "manifest": manifest,

@@ -16,10 +16,14 @@ class Progress(Protocol):
         """Announce `total` steps of `what`; the context yields a function that says how many more are done."""
 
 
+def ignore(steps: int) -> None:
+    """An `Advance` that shows nothing."""
+
+
 class Silent:
     """Shows nothing."""
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Advance]:
         """Ignore everything."""
-        yield lambda steps: None
+        yield ignore

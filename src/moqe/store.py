@@ -13,14 +13,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moqe.errors import CheckpointError, DiskFull, FolderBusy
+from moqe.progress import Advance, Progress, ignore
 
 PARTIAL = ".partial"
+_MEBIBYTE = 1 << 20
 
 
 def digest_bytes(data: bytes) -> str:
@@ -28,10 +30,20 @@ def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def digest_file(path: Path, advance: Advance = ignore) -> str:
+    """SHA-256 of a file's content, hexadecimal; `advance` is told of every MiB, a last part of one included."""
+    state = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:
+        while part := handle.read(_MEBIBYTE):
+            state.update(part)
+            advance(1)
+    return state.hexdigest()
+
+
+def digest_files(paths: Sequence[Path], what: str, progress: Progress) -> list[str]:
+    """SHA-256 of several files, in their order; shown as `what`, in MiB."""
+    with progress.track(f"{what} (MiB)", sum(-(-path.stat().st_size // _MEBIBYTE) for path in paths)) as advance:
+        return [digest_file(path, advance) for path in paths]
 
 
 def canonical_json(value: Any) -> str:

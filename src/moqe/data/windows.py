@@ -24,6 +24,7 @@ from moqe.data.documents import Document
 from moqe.data.partition import spread
 from moqe.data.samples import TextSamples
 from moqe.errors import DataError
+from moqe.progress import Advance, ignore
 from moqe.store import canonical_hash
 
 log = logging.getLogger("moqe")
@@ -46,14 +47,19 @@ class Pack:
 
 
 def pack_windows(
-    documents: Sequence[Document], tokenizer: Any, window: int, max_samples: int | None = None, seed: int = 0
+    documents: Sequence[Document],
+    tokenizer: Any,
+    window: int,
+    max_samples: int | None = None,
+    seed: int = 0,
+    advance: Advance = ignore,
 ) -> TextSamples:
     """Cut documents into windows of `window` tokens, (n, window).
 
     Domains come in the order of their first document, and inside a domain documents keep their order. With
     `max_samples` the windows are spread evenly over domains and, inside a domain, over packs: documents are taken in an
-    order drawn with `seed`, no more of them than that needs. Raises DataError when the documents of a domain do not
-    fill a window.
+    order drawn with `seed`, no more of them than that needs. `advance` is told how many documents are done, all of them
+    in the end. Raises DataError when the documents of a domain do not fill a window.
     """
     begin = begin_token(tokenizer)
     body = window - len(begin)
@@ -64,13 +70,19 @@ def pack_windows(
     if not grouped:
         raise DataError(f"there are no documents, and one window needs {body:,} tokens")
 
+    waiting = len(documents)
+
+    def tokenized(group: int) -> None:
+        nonlocal waiting
+        waiting -= group
+        advance(group)
+
     packs: list[Pack] = []
     for domain, members in grouped.items():
         if max_samples is not None:
             members = [members[i] for i in np.random.default_rng(seed).permutation(len(members)).tolist()]
-        found = list(
-            islice(_packs(_encode(members, tokenizer), domain, body, [] if eos is None else [eos]), max_samples)
-        )
+        encoded = _encode(members, tokenizer, tokenized)
+        found = list(islice(_packs(encoded, domain, body, [] if eos is None else [eos]), max_samples))
         if not found:
             tokens = sum(len(ids) for _, ids in _encode(members, tokenizer))
             raise DataError(
@@ -82,6 +94,7 @@ def pack_windows(
     cuts = [(pack, start) for pack in packs for start in range(0, len(pack.ids) - body + 1, body)]
     if max_samples is not None and max_samples < len(cuts):
         cuts = [cuts[i] for i in spread([(pack.domain, pack.name) for pack, _ in cuts], max_samples, seed)]
+    advance(waiting)  # those that the limit leaves out
     windows = torch.tensor([[*begin, *pack.ids[start : start + body]] for pack, start in cuts], dtype=torch.int64)
     return TextSamples(
         windows,
@@ -107,7 +120,9 @@ def text_bytes(tokens: Tensor, tokenizer: Any) -> tuple[int, ...]:
     return tuple(len(text.encode("utf-8")) for text in texts)
 
 
-def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+def _encode(
+    documents: Sequence[Document], tokenizer: Any, advance: Advance = ignore
+) -> Iterator[tuple[str, list[int]]]:
     """(digest, ids) of every document, a few documents ahead of need."""
     for first in range(0, len(documents), _ENCODED_TOGETHER):
         group = documents[first : first + _ENCODED_TOGETHER]
@@ -118,6 +133,7 @@ def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[str
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
+        advance(len(group))
         yield from zip((document.digest for document in group), encoded, strict=True)
 
 

@@ -12,13 +12,14 @@ import torch
 from moqe.evaluate.judge import MIXTURE, judge
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.verdict import ProtocolVerdict
-from moqe.progress import Progress
+from moqe.progress import Advance, Progress, ignore
 from moqe.recipe import Router as RouterOptions
 from moqe.router import Features, Router, RoutingExamples, choose, fit_baselines, fit_paper, fit_tuned
 
 UNGUARDED = "unguarded"  # the deployed router before its guard: what the routing curve is drawn from
 SHOWN_BASELINES = ("constant", "linear", "knn")
 ROUTERS = (MIXTURE, UNGUARDED, "paper", "tuned", *SHOWN_BASELINES)
+JUDGING_STEPS = len(ROUTERS) + 1  # that `judge_routers` tells of: every router's predictions, and the resampling
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def fit_routers(
     paper = fit_paper(options, examples, unseen, seed, modality, progress)
     tuned = fit_tuned(options, examples, unseen, seed, modality, progress)
     deployed = paper if options.preset == "paper" else tuned
-    baselines = fit_baselines(examples, unseen, seed)
+    with progress.track("fit baselines", 1) as advance:
+        baselines = fit_baselines(examples, unseen, seed)
+        advance(1)
     routers = {MIXTURE: deployed.router, UNGUARDED: deployed.unguarded, "paper": paper.unguarded, "tuned": tuned.router}
     routers |= {name: baselines[name] for name in SHOWN_BASELINES}
     selection = {
@@ -70,12 +73,21 @@ def judge_routers(
     seed: int,
     bootstrap_samples: int,
     metric: str,
+    advance: Advance = ignore,
 ) -> ProtocolVerdict:
-    """Judge the routers of one protocol on the test samples; `routers` has the names of ROUTERS."""
-    costs = {name: router.predict(features).cpu() for name, router in routers.items()}
+    """Judge the routers of one protocol on the test samples; `routers` has the names of ROUTERS.
+
+    advance: told of JUDGING_STEPS steps.
+    """
+    costs = {}
+    for name, router in routers.items():
+        costs[name] = router.predict(features).cpu()
+        advance(1)
     choices = {name: choose(cost).numpy().astype(np.int64) for name, cost in costs.items() if name != UNGUARDED}
     predicted = costs[UNGUARDED].double().numpy()
-    return judge(test, validation, choices, seed, bootstrap_samples, metric=metric, predicted=predicted)
+    verdict = judge(test, validation, choices, seed, bootstrap_samples, metric=metric, predicted=predicted)
+    advance(1)
+    return verdict
 
 
 def _examples(table: LossTable, features: Features) -> RoutingExamples:

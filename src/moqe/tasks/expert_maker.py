@@ -33,7 +33,7 @@ from moqe.models.weights import resolve_base
 from moqe.progress import Progress
 from moqe.recipe import Expert, Recipe
 from moqe.schemes import Scheme
-from moqe.store import digest_file, link, read_json, write_json
+from moqe.store import digest_files, link, read_json, write_json
 
 log = logging.getLogger("moqe")
 
@@ -51,12 +51,14 @@ class ExpertMaker:
 
     def run(self, samples: TextSamples, progress: Progress) -> None:
         """Make every expert that is not complete. Raises what methods, formats and the base model raise."""
-        write_shared(self.decoder.folder, self.folder.shared)
-        write_json(self.folder.shared / "config.json", read_json(self.decoder.folder / "config.json"))
+        with progress.track("write what experts share", 1) as advance:
+            write_shared(self.decoder.folder, self.folder.shared)
+            write_json(self.folder.shared / "config.json", read_json(self.decoder.folder / "config.json"))
+            advance(1)
         unfinished = [expert for expert in self.recipe.experts if not self.folder.certificate(expert.name).exists()]
         for expert in unfinished:
             if expert.checkpoint:
-                self._adopt(expert)
+                self._adopt(expert, progress)
         together = [expert for expert in unfinished if expert.method and not expert.sequential]
         passes = [together] if together else []
         passes += [[expert] for expert in unfinished if expert.method and expert.sequential]
@@ -76,13 +78,17 @@ class ExpertMaker:
                 for expert in experts:
                     if not self._done(expert, writers[expert.name], block.index):
                         self._make(expert, writers[expert.name], block)
-        for expert in experts:
-            writers[expert.name].finish()
-            records = [
-                LayerRecord.from_json(layer) for k in blocks for layer in read_json(self._record(expert, k))["layers"]
-            ]
-            certificate = certify(expert, records, METHODS[expert.method].calibrated)
-            write_json(self.folder.certificate(expert.name), certificate.to_json())
+        with progress.track("complete files", len(experts)) as advance:
+            for expert in experts:
+                writers[expert.name].finish()
+                records = [
+                    LayerRecord.from_json(layer)
+                    for k in blocks
+                    for layer in read_json(self._record(expert, k))["layers"]
+                ]
+                certificate = certify(expert, records, METHODS[expert.method].calibrated)
+                write_json(self.folder.certificate(expert.name), certificate.to_json())
+                advance(1)
 
     def _make(self, expert: Expert, writer: ExpertWriter, block: CalibratedBlock) -> None:
         """Quantize one block for one expert and write it, its record first: a written block has its record."""
@@ -127,7 +133,7 @@ class ExpertMaker:
         for name, tensor in load_file(self._replacement(expert, index)).items():
             assign(block, name, tensor.to(self.decoder.device, self.decoder.dtype))
 
-    def _adopt(self, expert: Expert) -> None:
+    def _adopt(self, expert: Expert, progress: Progress) -> None:
         """Take an existing checkpoint into the mixture: link its files after checking that it belongs to the base.
 
         Raises CheckpointError for another tokenizer, other shapes or damaged files.
@@ -154,10 +160,11 @@ class ExpertMaker:
             raise CheckpointError(f"{source} is no checkpoint of this base model: it lacks {lacking[0]}")
         for path in files:
             link(path, self.folder.expert(expert.name) / path.name)
+        digests = digest_files(files, f"digest {expert.name}", progress)
         certificate = {
             "expert": expert.name,
             "checkpoint": expert.checkpoint,
             "format": opened.format,
-            "files": {path.name: digest_file(path) for path in files},
+            "files": {path.name: digest for path, digest in zip(files, digests, strict=True)},
         }
         write_json(self.folder.certificate(expert.name), certificate)

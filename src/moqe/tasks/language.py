@@ -37,7 +37,7 @@ from moqe.models.estimate import (
 )
 from moqe.models.identity import model_digest
 from moqe.models.shared import SharedParts, open_shared
-from moqe.progress import Progress
+from moqe.progress import Progress, Silent
 from moqe.recipe import Recipe
 from moqe.router.features import TokenFeatures
 from moqe.runtimes.reference import ReferenceRuntime
@@ -95,7 +95,10 @@ class LanguageTask:
 
     @cached_property
     def _splits(self) -> dict[str, TextSamples]:
-        splits = make_splits(self.recipe.data, self.decoder.tokenizer, self.recipe.seed)
+        return self._read_splits(Silent())
+
+    def _read_splits(self, progress: Progress) -> dict[str, TextSamples]:
+        splits = make_splits(self.recipe.data, self.decoder.tokenizer, self.recipe.seed, progress)
         domains = set(splits.calibration.domain)
         for expert in self.recipe.experts:
             for domain in sorted(set(expert.calibration) - domains):
@@ -120,11 +123,12 @@ class LanguageTask:
         text: str = self.decoder.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def identity(self) -> dict[str, str]:
-        """Digests of everything that decides the result beside the recipe."""
+    def identity(self, progress: Progress) -> dict[str, str]:
+        """Digests of everything that decides the result beside the recipe. Reads the data, and shows that."""
+        self._splits = self._read_splits(progress)
         samples = {f"samples.{name}": split.digest for name, split in self._splits.items()}
         return {
-            "base": model_digest(self.decoder.folder),
+            "base": model_digest(self.decoder.folder, progress),
             "tokenizer": tokenizer_digest(self.decoder.tokenizer),
             **samples,
         }

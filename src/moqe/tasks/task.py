@@ -82,8 +82,11 @@ class Task(Protocol):
     def describe(self, split: str) -> SplitSamples:
         """What the loss table records about a split beside losses."""
 
-    def identity(self) -> dict[str, str]:
-        """Digests of everything that decides the result beside the recipe: base weights, tokenizer, samples."""
+    def identity(self, progress: Progress) -> dict[str, str]:
+        """Digests of everything that decides the result beside the recipe: base weights, tokenizer, samples.
+
+        The first call, so it reads the data and shows that.
+        """
 
     def disk_bytes_needed(self) -> int:
         """Bytes that making the missing experts will take."""

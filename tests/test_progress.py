@@ -1,0 +1,86 @@
+"""Progress: every long step announces itself, and what is announced is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moqe
+from moqe.progress import Advance
+from moqe.store import digest_file, digest_files
+
+
+class Recorded:
+    """What was announced, in order: [what, steps done, steps announced]."""
+
+    def __init__(self) -> None:
+        self.bars: list[list[Any]] = []
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Advance]:
+        bar = [what, 0, total]
+        self.bars.append(bar)
+
+        def advance(steps: int) -> None:
+            bar[1] += steps
+
+        yield advance
+
+    @property
+    def names(self) -> list[str]:
+        return [bar[0] for bar in self.bars]
+
+    def finished(self) -> bool:
+        return all(done == total for _, done, total in self.bars)
+
+
+def test_a_build_shows_every_step(recipe_content: dict[str, Any], built: Path, tmp_path: Path) -> None:
+    recipe_content["experts"] = [
+        {"name": "theirs", "checkpoint": str(built / "experts" / "gptq")},
+        {"name": "rtn", "method": "rtn", "scheme": "w4a16", "group_size": 64},
+    ]
+    shown = Recorded()
+    moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m", progress=shown)
+    training = ["train the paper's router", "compare routers", "fit baselines"]
+    assert shown.names == [
+        "read texts", "cut texts into windows", "digest the base model (MiB)",
+        "write what experts share", "digest theirs (MiB)", "calibrate", "complete files",
+        "score base", "score theirs", "score rtn", *training, *training,
+        "score base", "score theirs", "score rtn", "judge", "digest files (MiB)",
+    ]  # fmt: skip
+    assert shown.finished()
+
+
+def test_judging_again_and_verifying_show_themselves(built: Path) -> None:
+    shown = Recorded()
+    moqe.evaluate(built, progress=shown)
+    moqe.inspect(built, verify=True, progress=shown)
+    names = ["read texts", "cut texts into windows", "digest the base model (MiB)", "verify files (MiB)", "judge"]
+    assert shown.names == [*names, "verify files (MiB)"]
+    assert shown.finished()
+
+
+def test_an_opened_mixture_shows_what_it_verifies(built: Path) -> None:
+    shown = Recorded()
+    mixture = moqe.load(built, progress=shown)
+    assert shown.names == ["verify files (MiB)"]
+    mixture.runtime("gptq")
+    assert shown.names == ["verify files (MiB)"] * 2
+    assert shown.finished()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
+def test_digests_count_what_they_read(size: int, tmp_path: Path) -> None:
+    import hashlib
+
+    (tmp_path / "a").write_bytes(bytes(range(256)) * (size // 256) + b"x" * (size % 256))
+    (tmp_path / "b").write_bytes(b"b")
+    shown = Recorded()
+    digests = digest_files([tmp_path / "a", tmp_path / "b"], "digest", shown)
+    assert digests == [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in "ab"]
+    assert digest_file(tmp_path / "a") == digests[0]
+    assert shown.finished()
