@@ -1,8 +1,8 @@
 """Routers: from what is known of a sample to the expert with the lowest predicted loss."""
 
 from moqe.router.examples import RoutingExamples
-from moqe.router.features import Features, TokenFeatures
-from moqe.router.fitted import FittedRouter
+from moqe.router.features import Features, TokenFeatures, VectorFeatures
+from moqe.router.fitted import FittedRouter, UnseenChoices
 from moqe.router.guard import GuardDecision, GuardedRouter, guard
 from moqe.router.presets import fit_baselines, fit_paper, fit_tuned
 from moqe.router.router import Router, Unit, choose, realised_losses
@@ -18,6 +18,8 @@ __all__ = [
     "RoutingExamples",
     "TokenFeatures",
     "Unit",
+    "UnseenChoices",
+    "VectorFeatures",
     "choose",
     "fit_baselines",
     "fit_paper",

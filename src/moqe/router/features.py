@@ -51,6 +51,30 @@ class TokenFeatures:
         return self._pooled
 
 
+class VectorFeatures:
+    """One vector per sample, such as what a network's stem or penultimate layer makes of an image.
+
+    vectors: (n, dimension), any float type, all in memory. Raises DataError when they are not a matrix.
+    """
+
+    def __init__(self, vectors: Tensor, device: str = "cpu") -> None:
+        if vectors.dim() != 2:
+            raise DataError(f"features of shape {tuple(vectors.shape)} are not one vector per sample: pool them first")
+        self.vectors, self.device = vectors, device
+        self.dimension = int(vectors.shape[1])
+
+    def __len__(self) -> int:
+        return int(self.vectors.shape[0])
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """Vectors of the samples at `rows`: float32, (b, dimension)."""
+        return self.vectors[rows.to(self.vectors.device)].to(self.device).float()
+
+    def pooled(self) -> Tensor:
+        """The vectors: float32, (n, dimension)."""
+        return self.vectors.to(self.device).float()
+
+
 class SelectedFeatures:
     """The samples at `rows`, int64 (m,), of other features, as a view."""
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from moqe.router.guard import GuardDecision
 from moqe.router.router import Router
 from moqe.router.selection import Candidate
@@ -14,12 +16,24 @@ from moqe.router.uncertainty import ClusteredMean
 
 
 @dataclass(frozen=True)
+class UnseenChoices:
+    """What a router chooses for samples that it was not fitted to, as policies on top of it need to know.
+
+    rows: int64, (m,), counted over the training samples followed by those of validation. choice: int64, (m,), after the
+    guard. `tuned` made each of them without the sample's document, by cross-validation; `paper` has validation's.
+    """
+
+    rows: Tensor
+    choice: Tensor
+
+
+@dataclass(frozen=True)
 class FittedRouter:
     """A router to deploy and how it came about.
 
     router: with the guard, if the recipe wants one. unguarded: the same without. candidates: what was compared, on
     unseen samples; for `paper` its one line on validation. history: the epochs of the paper's network. guard: None
-    without one, or where there was nothing to guard.
+    without one, or where there was nothing to guard. unseen: what `router` does on samples new to it; not saved.
     """
 
     router: Router
@@ -28,6 +42,7 @@ class FittedRouter:
     candidates: tuple[Candidate, ...]
     history: tuple[Epoch, ...]
     guard: GuardDecision | None
+    unseen: UnseenChoices
 
     def to_json(self) -> dict[str, Any]:
         """How it came about, for files and reports: `chosen`, `unit`, `candidates`, `history` and `guard`.

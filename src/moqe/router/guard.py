@@ -107,6 +107,13 @@ def decide(costs: Tensor, losses: Tensor, document: Sequence[str], fallback: int
     return GuardDecision(fallback, True, margins[taken], means[taken], switched)
 
 
+def guarded_choice(costs: Tensor, decision: GuardDecision) -> Tensor:
+    """The expert for each sample after the guard, from the unguarded router's costs: (n, experts) -> int64 (n,)."""
+    lowest, chosen = costs.min(1)
+    switches = (costs[:, decision.fallback] - lowest > decision.margin) & decision.kept
+    return torch.where(switches, chosen, decision.fallback)
+
+
 def apply_guard(router: Router, decision: GuardDecision, validation: RoutingExamples) -> GuardedRouter | Constant:
     """The router that a decision leaves: guarded by the margin, or constant on validation's best single expert."""
     if decision.kept:

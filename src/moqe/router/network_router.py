@@ -10,11 +10,15 @@ from torch import Tensor
 
 from moqe.errors import CheckpointError, did_you_mean
 from moqe.router.features import Features
+from moqe.router.image_network import ImageNetwork
+from moqe.router.mlp_network import MlpNetwork
 from moqe.router.router import Unit
 from moqe.router.text_network import RoutingNetwork, TextNetwork
 
 NETWORKS: dict[str, type[RoutingNetwork]] = {
     "text": TextNetwork,
+    "image": ImageNetwork,
+    "mlp": MlpNetwork,
 }
 PREDICTION_BATCH = 16  # samples; bounds memory: a batch of 512 tokens holds a few dozen MB of activations
 

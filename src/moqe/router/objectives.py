@@ -1,9 +1,11 @@
 """What a routing network is trained to minimise: three losses of its logits, given the experts' losses.
 
 `cross_entropy` is the paper's: the best expert is a class label. It ignores by how much an expert is better, and where
-experts differ by less than noise the label is a coin toss. `expected_loss` weighs the experts' losses by the softmax of
-the logits: what a randomised router would pay. `centred_regression` predicts each expert's loss relative to the mean
-over the experts, so that predictions mean nats and a guard can ask for a margin.
+experts differ by less than noise the label is a coin toss. Experts that tie share the label: 0/1 losses tie on most
+samples, the paper says nothing of ties, and the first of the tied would teach the order of the experts.
+`expected_loss` weighs the experts' losses by the softmax of the logits: what a randomised router would pay.
+`centred_regression` predicts each expert's loss relative to the mean over the experts, so that predictions mean nats
+and a guard can ask for a margin.
 
 All take logits, (b, experts), higher for better experts, and losses, (b, experts) in any one unit; all return a scalar.
 """
@@ -19,8 +21,9 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, losses: Tensor) -> Tensor:
-    """Mean negative log probability of the expert with the lowest loss (the first of them where losses are equal)."""
-    return functional.cross_entropy(logits, losses.argmin(1))
+    """Mean negative log probability of the expert with the lowest loss, averaged over those where losses are equal."""
+    best = (losses == losses.min(1, keepdim=True).values).to(logits.dtype)
+    return functional.cross_entropy(logits, best / best.sum(1, keepdim=True))
 
 
 def expected_loss(logits: Tensor, losses: Tensor) -> Tensor:

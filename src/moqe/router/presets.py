@@ -1,11 +1,11 @@
 """The two ways to get a router from a recipe: the paper's, and what measures best.
 
-`paper`: the paper's network, objective, balance and optimizer (text: batch 8 x accumulation 6, Adam 5e-5 with cosine
-decay, weight decay 0.01). The number of epochs is not in the paper; 10 is what the authors' published training command
-uses. `tuned`: linear, knn and a small network with each of the three objectives are cross-validated by document over
-training and validation data; the best of those whose gain exceeds its standard error is refitted, else the
-router is constant. Values a recipe sets replace the preset's; under `tuned` they apply to the networks, and a set
-objective leaves only the network with that one.
+`paper`: the paper's network, objective, balance and optimizer (Adam 5e-5 with cosine decay; text: batch 8 x
+accumulation 6, weight decay 0.01; image: 48 x 2 and none). The number of epochs is not in the paper; 10 is what the
+authors' published training command uses for text. `tuned`: linear, knn and a small network with each of the three
+objectives are cross-validated by document over training and validation data; the best of those whose gain exceeds its
+standard error is refitted, else the router is constant. Values a recipe sets replace the preset's; under `tuned` they
+apply to the networks, and a set objective leaves only the network with that one.
 
 Compute is capped: without `router.epochs` in the recipe the number of epochs is lowered, with a warning, until training
 is estimated at no more than `MAX_MULTIPLICATIONS`.
@@ -24,12 +24,14 @@ from moqe.progress import Advance, Progress, Silent
 from moqe.recipe import Router as RouterOptions
 from moqe.router.baselines import Random, Uniform, fit_constant
 from moqe.router.examples import RoutingExamples
-from moqe.router.fitted import FittedRouter
-from moqe.router.guard import apply_guard, decide, guard
+from moqe.router.fitted import FittedRouter, UnseenChoices
+from moqe.router.guard import apply_guard, decide, guard, guarded_choice
+from moqe.router.image_network import ImageNetwork
 from moqe.router.knn import Knn, fit_knn
 from moqe.router.linear import Linear, fit_linear
+from moqe.router.mlp_network import MlpNetwork
 from moqe.router.objectives import OBJECTIVES
-from moqe.router.router import Router
+from moqe.router.router import Router, choose
 from moqe.router.selection import Candidate, Fit, folds_by_document, judge, predict_unseen
 from moqe.router.text_network import RoutingNetwork, TextNetwork
 from moqe.router.training import Epoch, TrainingOptions, train_network
@@ -80,10 +82,22 @@ def _tuned_text(options: RouterOptions, dimension: int, experts: int) -> Routing
     )
 
 
+def _paper_image(options: RouterOptions, dimension: int, experts: int) -> RoutingNetwork:
+    return ImageNetwork(dimension, experts)
+
+
+def _tuned_image(options: RouterOptions, dimension: int, experts: int) -> RoutingNetwork:
+    return MlpNetwork(dimension, experts)
+
+
 PAPER: dict[str, Preset] = {
     "text": Preset(
         _paper_text,
         TrainingOptions("cross_entropy", 10, 8, 6, 5e-5, 0.01, balance=None),
+    ),
+    "image": Preset(
+        _paper_image,
+        TrainingOptions("cross_entropy", 10, 48, 2, 5e-5, 0.0, balance=None),
     ),
 }
 TUNED: dict[str, Preset] = {
@@ -91,6 +105,10 @@ TUNED: dict[str, Preset] = {
         _tuned_text,
         TrainingOptions("expected_loss", 8, 32, 1, 1e-3, 0.01, balance=None, patience=3),
         segment=TUNED_SEGMENT,
+    ),
+    "image": Preset(
+        _tuned_image,
+        TrainingOptions("expected_loss", 20, 64, 1, 1e-3, 0.01, balance=None, patience=4),
     ),
 }
 
@@ -124,11 +142,15 @@ def fit_paper(
         training = replace(training, balance=options.balance)
     with progress.track("train the paper's router", training.epochs) as advance:
         router, history = _fit_network(preset, options, training, train, validation, seed, "paper", advance)
-    seen = judge("paper", router.predict(validation.features), validation, validation.best_single)
+    costs = router.predict(validation.features)
+    seen = judge("paper", costs, validation, validation.best_single)
+    rows = torch.arange(len(train), len(train) + len(validation))
     if not options.guard:
-        return FittedRouter(router, router, "paper", (seen,), history, None)
+        unseen = UnseenChoices(rows, choose(costs).cpu())
+        return FittedRouter(router, router, "paper", (seen,), history, None, unseen)
     guarded, decision = guard(router, validation)
-    return FittedRouter(guarded, router, "paper", (seen,), history, decision)
+    unseen = UnseenChoices(rows, guarded_choice(costs.cpu(), decision))
+    return FittedRouter(guarded, router, "paper", (seen,), history, decision, unseen)
 
 
 def fit_tuned(
@@ -156,18 +178,22 @@ def fit_tuned(
             unseen[name] = predict_unseen(fit, pool, fold, advance)
             judged.append(judge(name, unseen[name], pool, fallback))
     winners = [candidate for candidate in judged if candidate.wins]
+    rows = torch.arange(len(pool))
     if not winners:
         constant = fit_constant(validation)
-        return FittedRouter(constant, constant, constant.name, tuple(judged), (), None)
+        always = UnseenChoices(rows, torch.full_like(rows, fallback))
+        return FittedRouter(constant, constant, constant.name, tuple(judged), (), None, always)
 
     chosen = min(winners, key=lambda candidate: candidate.loss).name
     router = fits[chosen](train, validation)
     if isinstance(router, Linear | Knn):
         router = router.refit(pool)
     if not options.guard:
-        return FittedRouter(router, router, chosen, tuple(judged), (), None)
+        free = UnseenChoices(rows, choose(unseen[chosen]))
+        return FittedRouter(router, router, chosen, tuple(judged), (), None, free)
     decision = decide(unseen[chosen], pool.losses, pool.document, fallback)
-    return FittedRouter(apply_guard(router, decision, validation), router, chosen, tuple(judged), (), decision)
+    held = UnseenChoices(rows, guarded_choice(unseen[chosen], decision))
+    return FittedRouter(apply_guard(router, decision, validation), router, chosen, tuple(judged), (), decision, held)
 
 
 def _candidates(preset: Preset, options: RouterOptions, examples: RoutingExamples, seed: int) -> dict[str, Fit]:
