@@ -1,15 +1,20 @@
 """Routers: from what is known of a sample to the expert with the lowest predicted loss."""
 
+from moqe.router.cascade import Cascade, CascadeAnswer, CascadeDecision, fit_cascade, fit_guarded_cascade
 from moqe.router.examples import RoutingExamples
 from moqe.router.features import Features, TokenFeatures, VectorFeatures
 from moqe.router.fitted import FittedRouter, UnseenChoices
 from moqe.router.guard import GuardDecision, GuardedRouter, guard
+from moqe.router.policy_file import load_cascade, save_cascade
 from moqe.router.presets import fit_baselines, fit_paper, fit_tuned
 from moqe.router.router import Router, Unit, choose, realised_losses
 from moqe.router.saved import ROUTERS, load_router, save_router
 
 __all__ = [
     "ROUTERS",
+    "Cascade",
+    "CascadeAnswer",
+    "CascadeDecision",
     "Features",
     "FittedRouter",
     "GuardDecision",
@@ -22,10 +27,14 @@ __all__ = [
     "VectorFeatures",
     "choose",
     "fit_baselines",
+    "fit_cascade",
+    "fit_guarded_cascade",
     "fit_paper",
     "fit_tuned",
     "guard",
+    "load_cascade",
     "load_router",
     "realised_losses",
+    "save_cascade",
     "save_router",
 ]
