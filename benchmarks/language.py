@@ -350,13 +350,12 @@ table asks four questions (two routers, two protocols); one interval in twenty m
             )
             verdicts.append(
                 judge_routers(
-                    tables["test"],
+                    {task.metric: tables["test"]},
                     tables["router_validation"],
                     task.features("test", protocol),
                     fitted.routers,
                     recipe.seed,
                     recipe.bootstrap_samples,
-                    task.metric,
                 )
             )
             clock.note(f"routers {title} {protocol} seconds", round(time.perf_counter() - started, 1))

@@ -277,13 +277,12 @@ def _judge(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress)
     with progress.track("judge", len(task.protocols) * JUDGING_STEPS) as advance:
         protocols = {
             protocol: judge_routers(
-                read_losses(place.losses, "test", protocol, task.metric),
+                {metric: read_losses(place.losses, "test", protocol, metric) for metric in task.metrics},
                 read_losses(place.losses, "router_validation", protocol, task.metric),
                 task.features("test", protocol),
                 {name: load_router(place.router(protocol) / name) for name in ROUTERS},
                 recipe.seed,
                 recipe.bootstrap_samples,
-                task.metric,
                 advance=advance,
             )
             for protocol in task.protocols

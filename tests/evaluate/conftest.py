@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
 
+from moqe.evaluate import judge
 from moqe.evaluate.loss_table import LossTable
+from moqe.evaluate.outcome import routed
+from moqe.evaluate.verdict import ProtocolVerdict
 
 
 def make_by_hand(
@@ -18,6 +21,7 @@ def make_by_hand(
     halves: Sequence[Sequence[float]] | None = None,
     tokens: float = 10.0,
     experts: Sequence[str] = ("rtn", "gptq"),
+    metric: str = "nats_per_token",
 ) -> LossTable:
     """A table of given sums; `halves` are the sums of the first halves, by default half of each sum."""
     total = np.asarray(loss, float)
@@ -26,7 +30,7 @@ def make_by_hand(
     return LossTable(
         protocol="whole",
         runtime="reference",
-        metric="nats_per_token",
+        metric=metric,
         experts=tuple(experts),
         loss=total,
         base=np.asarray(base, float),
@@ -48,6 +52,7 @@ def make_simulated(
     experts: Sequence[str] = ("awq", "gptq", "rtn"),
     domains: Sequence[str] = ("code", "prose", "reference"),
     protocol: str = "whole",
+    metric: str = "nats_per_token",
 ) -> LossTable:
     """Expert e is better by `signal` nats per token in domain e modulo the number of domains, amid paired noise."""
     rng = np.random.default_rng(seed)
@@ -63,7 +68,7 @@ def make_simulated(
     return LossTable(
         protocol=protocol,
         runtime="reference",
-        metric="nats_per_token",
+        metric=metric,
         experts=tuple(experts),
         loss=loss,
         base=level * count,
@@ -83,6 +88,20 @@ def make_domain_choice(table: LossTable) -> np.ndarray:
     return np.asarray([labels.index(name) % len(table.experts) for name in table.domain], np.int64)
 
 
+def judge_choices(
+    test: LossTable,
+    validation: LossTable,
+    choices: Mapping[str, np.ndarray],
+    seed: int,
+    bootstrap_samples: int,
+    predicted: np.ndarray | None = None,
+) -> ProtocolVerdict:
+    """The verdict on routers that are known by their choices, under the tables' only metric."""
+    tables = {test.metric: test}
+    outcomes = {name: routed(tables, choice) for name, choice in choices.items()}
+    return judge(tables, validation, outcomes, seed, bootstrap_samples, predicted=predicted)
+
+
 @pytest.fixture
 def by_hand() -> Callable[..., LossTable]:
     return make_by_hand
@@ -96,3 +115,8 @@ def simulated() -> Callable[..., LossTable]:
 @pytest.fixture
 def domain_choice() -> Callable[[LossTable], np.ndarray]:
     return make_domain_choice
+
+
+@pytest.fixture
+def judged() -> Callable[..., ProtocolVerdict]:
+    return judge_choices

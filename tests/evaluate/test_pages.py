@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from rich.console import Console, RenderableType
 
-from moqe.evaluate import judge, read_verdict, write_verdict
+from moqe.evaluate import read_verdict, write_verdict
 from moqe.evaluate.card import render_card
 from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.plots import curve_plot, difference_plot, share_plot
 from moqe.evaluate.report import render_report
 from moqe.evaluate.terminal import inspection_table, plan_table, verdict_renderable
-from moqe.evaluate.verdict import ExpertSummary, Verdict
+from moqe.evaluate.verdict import ExpertSummary, ProtocolVerdict, Verdict
 
 HOSTILE = "<script>alert('x')</script> & | `co`\n$de$ --"
 CONTEXT = ReportContext(
@@ -29,20 +29,22 @@ CONTEXT = ReportContext(
 
 @pytest.fixture
 def make_verdict(
-    simulated: Callable[..., LossTable], domain_choice: Callable[[LossTable], np.ndarray]
+    simulated: Callable[..., LossTable],
+    domain_choice: Callable[[LossTable], np.ndarray],
+    judged: Callable[..., ProtocolVerdict],
 ) -> Callable[..., Verdict]:
     def make(
         signal: float = 0.1, domains: tuple[str, ...] = ("code", "prose"), metric: str = "nats_per_token"
     ) -> Verdict:
         protocols = {}
         for name in ("whole", "prefix-64"):
-            test = simulated(0, signal=signal, domains=domains, protocol=name)
+            test = simulated(0, signal=signal, domains=domains, protocol=name, metric=metric)
             choices = {
                 "mixture": domain_choice(test),
                 "linear": np.arange(len(test)) % 3,
                 "constant": np.zeros(len(test), np.int64),
             }
-            protocols[name] = judge(test, test, choices, 0, 100, metric=metric, predicted=test.mean)
+            protocols[name] = judged(test, test, choices, 0, 100, predicted=test.mean)
         experts = {name: ExpertSummary(name, "w4a16", 2_000_000, 0.1, 4.25) for name in ("awq", "gptq", "rtn")}
         return Verdict("0123456789abcdef", metric, "prefix-64", protocols, experts, 8_000_000, 5_000_000, 0, 100)
 
@@ -167,9 +169,11 @@ def test_accuracy_has_no_perplexity(make_verdict: Callable[..., Verdict]) -> Non
         assert "PPL" not in page
 
 
-def test_a_single_expert_can_be_reported(by_hand: Callable[..., LossTable]) -> None:
+def test_a_single_expert_can_be_reported(
+    by_hand: Callable[..., LossTable], judged: Callable[..., ProtocolVerdict]
+) -> None:
     test = by_hand([[20.0]] * 8, [19.0] * 8, experts=("only",))
-    found = judge(test, test, {"mixture": np.zeros(8, np.int64)}, 0, 100)
+    found = judged(test, test, {"mixture": np.zeros(8, np.int64)}, 0, 100)
     expert = ExpertSummary("rtn", "w8a16", 1, 0.0)
     verdict = Verdict("0" * 16, "nats_per_token", "whole", {"whole": found}, {"only": expert}, 2, 1, 0, 100)
     parsed(render_report(verdict, CONTEXT))

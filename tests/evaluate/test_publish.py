@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from moqe.errors import CheckpointError
-from moqe.evaluate import judge
 from moqe.evaluate.loss_table import LossTable
+from moqe.evaluate.metrics import METRICS
 from moqe.evaluate.publish import gather, publish
-from moqe.evaluate.verdict import ExpertSummary, Verdict
+from moqe.evaluate.verdict import ExpertSummary, ProtocolVerdict, Verdict
 from moqe.folder import MixtureFolder
 from moqe.recipe import Recipe, parse_recipe
 from moqe.store import write_json
@@ -46,7 +46,7 @@ def place(tmp_path: Path) -> MixtureFolder:
 
 
 def test_the_context_comes_from_certificates_and_selection(place: MixtureFolder, recipe: Recipe) -> None:
-    context = gather(place, recipe, ("whole", "prefix-64"))
+    context = gather(place, recipe, ("whole", "prefix-64"), METRICS["nats_per_token"])
     assert [(one.expert, one.layer) for one in context.substitutions] == [
         ("rtn", "model.layers.0.mlp.down_proj.weight")
     ]
@@ -58,10 +58,10 @@ def test_the_context_comes_from_certificates_and_selection(place: MixtureFolder,
 
 
 def test_card_and_report_are_written_and_do_not_depend_on_the_folder(
-    place: MixtureFolder, recipe: Recipe, by_hand: Callable[..., LossTable]
+    place: MixtureFolder, recipe: Recipe, by_hand: Callable[..., LossTable], judged: Callable[..., ProtocolVerdict]
 ) -> None:
     test = by_hand([[20.0, 21.0], [22.0, 21.0]] * 4, [19.0] * 8, experts=("rtn", "theirs"))
-    found = judge(test, test, {"mixture": np.arange(8) % 2}, 0, 100)
+    found = judged(test, test, {"mixture": np.arange(8) % 2}, 0, 100)
     experts = {"rtn": ExpertSummary("rtn", "w4a16", 9, 0.5), "theirs": ExpertSummary("checkpoint", "as stored", 9, 0.0)}
     verdict = Verdict(recipe.hash, "nats_per_token", "whole", {"whole": found}, experts, 18, 12, 0, 100)
     publish(place, verdict, recipe)
@@ -76,4 +76,4 @@ def test_card_and_report_are_written_and_do_not_depend_on_the_folder(
 def test_a_damaged_certificate_is_named(place: MixtureFolder, recipe: Recipe) -> None:
     place.certificate("rtn").write_text("{")
     with pytest.raises(CheckpointError, match="certificate"):
-        gather(place, recipe, ("whole",))
+        gather(place, recipe, ("whole",), METRICS["nats_per_token"])

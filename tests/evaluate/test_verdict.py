@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moqe.errors import CheckpointError
-from moqe.evaluate import Verdict, judge, read_verdict, write_verdict
+from moqe.evaluate import ProtocolVerdict, Verdict, read_verdict, write_verdict
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.verdict import ExpertSummary
 
@@ -19,12 +19,12 @@ Choices = Callable[[LossTable], np.ndarray]
 
 
 @pytest.fixture
-def verdict(simulated: Tables, domain_choice: Choices) -> Verdict:
+def verdict(simulated: Tables, domain_choice: Choices, judged: Callable[..., ProtocolVerdict]) -> Verdict:
     protocols = {}
     for name in ("prefix-64", "whole"):
         test = simulated(0, protocol=name)
         choices = {"mixture": domain_choice(test), "constant": np.zeros(len(test), np.int64)}
-        protocols[name] = judge(test, test, choices, 0, 100, predicted=test.mean)
+        protocols[name] = judged(test, test, choices, 0, 100, predicted=test.mean)
     experts = {name: ExpertSummary("gptq", "w4a16", 2_000_000, 0.0) for name in ("awq", "gptq", "rtn")}
     return Verdict("0123456789abcdef", "nats_per_token", "prefix-64", protocols, experts, 8_000_000, 5_000_000, 0, 100)
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moqe.evaluate.contact import ContactSheet
+
 
 @dataclass(frozen=True)
 class CandidateRow:
     """A router that was considered, judged on samples it had not been trained on.
 
-    loss: nats per token of its choices. gain: over the best single expert, with its standard error; positive is
-    better.
+    value: what its choices score in the metric that routers are trained on. gain: over the best single expert, with its
+    standard error; positive is better.
     """
 
     name: str
-    loss: float
+    value: float
     gain: float
     standard_error: float | None
     chosen: bool
@@ -35,7 +37,8 @@ class ReportContext:
     """Everything that card and report need beside the verdict.
 
     base: the base model as the recipe names it. recipe_yaml: the recipe's text. candidates: per protocol, the routers
-    that were considered. guards: per protocol, a sentence on what the guard saw and did.
+    that were considered. guards: per protocol, a sentence on what the guard saw and did. contact: images on which
+    experts disagree; None where samples are no images.
     Nothing here depends on where the mixture lies: builds in two folders give equal pages.
     """
 
@@ -44,3 +47,4 @@ class ReportContext:
     candidates: Mapping[str, tuple[CandidateRow, ...]]
     guards: Mapping[str, str]
     substitutions: tuple[Substitution, ...]
+    contact: ContactSheet | None = None

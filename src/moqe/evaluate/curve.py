@@ -7,16 +7,17 @@ from numpy.typing import NDArray
 
 from moqe.evaluate.loss_table import Floats, LossTable
 from moqe.evaluate.metrics import Metric
+from moqe.evaluate.outcome import Outcome
 from moqe.evaluate.verdict import Curve
 
 POINTS = 51
 
 
-def routing_curve(table: LossTable, best: int, deployed: NDArray[np.int64], predicted: Floats, metric: Metric) -> Curve:
-    """Mean loss when a growing share of samples leaves expert `best`; see Curve.
+def routing_curve(table: LossTable, best: int, deployed: Outcome, predicted: Floats, metric: Metric) -> Curve:
+    """Mean value when a growing share of samples leaves expert `best`; see Curve.
 
-    deployed: the deployed choices, (n,). predicted: the router's costs before its guard, (n, experts), lower is
-    better. The router's choice may be `best` itself, in which case leaving changes nothing.
+    table: of the judged metric. deployed: the mixture's outcome. predicted: the router's costs before its guard,
+    (n, experts), lower is better. The router's choice may be `best` itself, in which case leaving changes nothing.
     """
     n = len(table)
     wanted = predicted.argmin(1)
@@ -32,8 +33,8 @@ def routing_curve(table: LossTable, best: int, deployed: NDArray[np.int64], pred
         predicted=_running(start, leave, predicted_gain, moved, total),
         random=((start + share * leave.sum()) / total).tolist(),
         oracle=_running(start, leave_best, true_gain, moved, total),
-        deployed_share=float(np.mean(deployed != best)),
-        deployed_value=float(table.chosen(deployed).sum() / total),
+        deployed_share=float(np.mean((deployed.asked[:, best] != 1) | (deployed.asked.sum(1) != 1))),
+        deployed_value=float(deployed.values[table.metric].sum() / total),
     )
 
 

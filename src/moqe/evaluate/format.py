@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from moqe.evaluate.metrics import Metric
 from moqe.evaluate.significance import Interval
 
 MINUS = "\N{MINUS SIGN}"
@@ -34,6 +37,43 @@ def signed_bounds(interval: Interval, digits: int = 4) -> str:
 def signed_interval(interval: Interval, digits: int = 4) -> str:
     """A difference with its interval: `-0.0120 [-0.0180, -0.0060]`."""
     return f"{signed(interval.value, digits)} {signed_bounds(interval, digits)}"
+
+
+def metric_value(value: float | None, metric: Metric) -> str:
+    """A value of a metric in the metric's own digits; accuracies in per cent, without the sign."""
+    return number(None if value is None else metric.scale * value, metric.digits)
+
+
+def metric_bounds(low: float | None, high: float | None, metric: Metric) -> str:
+    """The interval of a metric's value in brackets."""
+    if low is None or high is None:
+        return NONE
+    return bounds(metric.scale * low, metric.scale * high, metric.digits)
+
+
+def metric_difference(difference: float, metric: Metric) -> str:
+    """A difference of a metric, always with a sign; accuracies in points."""
+    return signed(metric.scale * difference, metric.digits)
+
+
+def metric_difference_bounds(difference: Interval, metric: Metric) -> str:
+    """The interval of a metric's difference in brackets."""
+    return signed_bounds(_scaled(difference, metric), metric.digits)
+
+
+def metric_interval(difference: Interval, metric: Metric) -> str:
+    """A metric's difference with its interval."""
+    return signed_interval(_scaled(difference, metric), metric.digits)
+
+
+def _scaled(interval: Interval, metric: Metric) -> Interval:
+    low, high = (None if bound is None else metric.scale * bound for bound in (interval.low, interval.high))
+    return replace(interval, value=metric.scale * interval.value, low=low, high=high)
+
+
+def cost(passes: float) -> str:
+    """Mean forward passes per sample: a whole number, or three digits after the point."""
+    return f"{passes:.0f}" if passes == int(passes) else f"{passes:.3f}"
 
 
 def p_value(p: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Judging a mixture: from loss tables and choices to a verdict under one protocol.
+"""Judging a mixture: from loss tables and outcomes to a verdict under one protocol.
 
 Every comparison is paired on the same samples and resampled by document. The reference is the expert that is best on
 validation, because nobody who deploys one expert could have picked it on the test set. A win is claimed only where the
@@ -8,111 +8,99 @@ interval of the difference excludes zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moqe.errors import ProtocolError
 from moqe.evaluate.curve import routing_curve
-from moqe.evaluate.format import p_statement, signed_interval
 from moqe.evaluate.loss_table import Floats, LossTable
 from moqe.evaluate.metrics import METRICS, Metric, bits_per_byte, perplexity
+from moqe.evaluate.outcome import Choice, Outcome, routed
+from moqe.evaluate.sentence import sentence
 from moqe.evaluate.significance import (
-    MINIMUM_DOCUMENTS,
     Interval,
     intervals,
+    paired_intervals,
     percentile_interval,
     resampled_ratios,
 )
 from moqe.evaluate.verdict import DomainRow, Kind, Line, ProtocolVerdict, Routed
 
-MIXTURE = "mixture"
-CONSTANT = "constant"
-ROUTED_COST = 1.0  # a routed sample is run by one expert
+MIXTURE, CONSTANT = "mixture", "constant"
+ROUTE, CASCADE = "route", "cascade"
+KINDS: dict[str, Kind] = {MIXTURE: "mixture", ROUTE: "policy", CASCADE: "policy", CONSTANT: "no skill"}
+"""What kind of line an outcome's name is; every other name is a router's."""
 _NO_GAP = 1e-9  # relative to the best single expert's value
 
-Choice = NDArray[np.int64]
+Tables = Mapping[str, LossTable]
 
 
 def judge(
-    test: LossTable,
+    test: Tables,
     validation: LossTable,
-    choices: Mapping[str, Choice],
+    outcomes: Mapping[str, Outcome],
     seed: int,
     bootstrap_samples: int,
     *,
-    metric: str = "nats_per_token",
     predicted: Floats | None = None,
+    policy: str = ROUTE,
 ) -> ProtocolVerdict:
-    """Judge routers under one protocol.
+    """Judge routers and policies under one protocol.
 
-    test, validation: sums of the metric per sample, of the same experts. choices: per router the index of the chosen
-    expert for every test sample, (n,); "mixture" is the deployed router, guard included, and must be there.
-    predicted: the deployed router's predicted costs before its guard, (n, experts), lower is better; without it there
-    is no routing curve. Raises ProtocolError when tables or choices do not belong together.
+    test: per metric the table of the test samples. validation: the table of the metric that is judged, of the same
+    experts. outcomes: by name, on the test samples; "mixture" is what is deployed, guard and policy included, and must
+    be there; "route" and "cascade" are policies. predicted: the deployed router's predicted costs before its guard,
+    (n, experts), lower is better; without it there is no routing curve. policy: the name of the deployed one.
+    Raises ProtocolError when tables or outcomes do not belong together.
     """
-    _check(test, validation, choices)
-    rule = METRICS[metric]
-    count, names = test.count, test.experts
+    _check(test, validation, outcomes)
+    rule, table = METRICS[validation.metric], test[validation.metric]
+    names, mixture = table.experts, outcomes[MIXTURE]
     best = int(rule.best(validation.loss.sum(0), 0))
-    best_on_test = int(rule.best(test.loss.sum(0), 0))
-    reference = test.loss[:, best]
-    mixture = test.chosen(choices[MIXTURE])
-    share = _share(choices[MIXTURE], names)
-    oracle = test.chosen(rule.best(test.loss, 1))
-    split_half = _split_half(test, rule)
+    rows = _rows(test, outcomes, rule)
+    losses = np.stack([row.values[table.metric] for row in rows], axis=1)  # (n, rows)
+    values = intervals(table.document, losses, table.count, bootstrap_samples, seed)
+    reference = table.loss[:, best]
 
-    rows: list[tuple[Kind, str, Floats, float]] = [("base", "base", test.base, 1.0)]
-    rows += [("expert", name, test.loss[:, column], 1.0) for column, name in enumerate(names)]
-    rows += [("mixture", MIXTURE, mixture, ROUTED_COST)]
-    rows += [
-        ("no skill" if name == CONSTANT else "router", name, test.chosen(choice), ROUTED_COST)
-        for name, choice in choices.items()
-        if name != MIXTURE
-    ]
-    uniform = test.loss @ np.array([share[name] for name in names])
-    rows += [("no skill", "random", test.loss.mean(1), 1.0), ("no skill", "uniform", uniform, 1.0)]
-    rows += [("bound", "oracle", oracle, float(len(names)))]
-    rows += [("bound", "split-half oracle", split_half, float(len(names)))] if split_half is not None else []
-    losses = np.stack([row[2] for row in rows], axis=1)  # (n, rows)
-    values = intervals(test.document, losses, count, bootstrap_samples, seed)
-    differences = intervals(
-        test.document, losses - reference[:, None], count, bootstrap_samples, seed, differences=True
-    )
-    lines = [
-        _line(
-            kind, name, cost, value, None if name == names[best] and kind == "expert" else difference, test, loss, rule
+    def compare(candidates: Floats, against: Floats) -> list[Interval]:
+        return paired_intervals(
+            table.document, candidates, against, table.count, bootstrap_samples, seed, binary=rule.binary
         )
-        for (kind, name, loss, cost), value, difference in zip(rows, values, differences, strict=True)
+
+    differences = compare(losses, reference)
+    lines = [
+        _line(row, value, None if (row.kind, row.name) == ("expert", names[best]) else difference, test, rule)
+        for row, value, difference in zip(rows, values, differences, strict=True)
     ]
     value_of = {(line.kind, line.name): line.value for line in lines}
-    routed = {
-        name: Routed(value.value, value.low, value.high, _share(choices[name], names))
-        for (kind, name, _, _), value in zip(rows, values, strict=True)
-        if kind in ("mixture", "router") or (kind, name) == ("no skill", CONSTANT)
+    answered = {
+        name: Routed(line.value, line.low, line.high, _share(outcomes[name], names), outcomes[name].mean_cost)
+        for name in outcomes
+        for line in lines
+        if (line.kind, line.name) == (KINDS.get(name, "router"), name)
     }
-    difference = differences[[row[0] for row in rows].index("mixture")]
-    (to_base,) = intervals(
-        test.document, (mixture - test.base)[:, None], count, bootstrap_samples, seed, differences=True
-    )
-    oracle_gap, oracle_share = _recovered(test, rule, reference, mixture, oracle, bootstrap_samples, seed)
-    split_gap, split_share = (
-        _recovered(test, rule, reference, mixture, split_half, bootstrap_samples, seed)
-        if split_half is not None
-        else (None, None)
-    )
+    difference = next(one for row, one in zip(rows, differences, strict=True) if row.kind == "mixture")
+    score = mixture.values[table.metric]
+    (to_base,) = compare(score[:, None], table.base)
+    bounds = {row.name: row.values[table.metric] for row in rows if row.kind == "bound"}
+    gaps = {
+        name: _recovered(table, rule, reference, score, bound, bootstrap_samples, seed)
+        for name, bound in bounds.items()
+    }
+    split_gap, split_share = gaps.get("split-half oracle", (None, None))
     wins = difference.excludes_zero() and (difference.value < 0) == rule.lower_is_better
     return ProtocolVerdict(
-        protocol=test.protocol,
-        runtime=test.runtime,
-        n_samples=len(test),
-        n_documents=len(np.unique(test.document)),
-        n_units=int(count.sum()),
+        protocol=table.protocol,
+        runtime=table.runtime,
+        n_samples=len(table),
+        n_documents=len(np.unique(table.document)),
+        n_units=int(table.count.sum()),
         base=value_of["base", "base"],
         experts={name: value_of["expert", name] for name in names},
         best_single=names[best],
-        best_single_on_test=names[best_on_test],
-        mixture=routed.pop(MIXTURE),
+        best_single_on_test=names[int(rule.best(table.loss.sum(0), 0))],
+        mixture=answered[MIXTURE],
         difference=difference,
         difference_to_base=to_base,
         oracle=value_of["bound", "oracle"],
@@ -120,50 +108,109 @@ def judge(
         random=value_of["no skill", "random"],
         uniform=value_of["no skill", "uniform"],
         constant=value_of.get(("no skill", CONSTANT)),
-        oracle_gap=oracle_gap,
-        oracle_share=oracle_share,
+        oracle_gap=gaps["oracle"][0],
+        oracle_share=gaps["oracle"][1],
         split_half_gap=split_gap,
         split_half_share=split_share,
-        routers=routed,
+        routers={name: one for name, one in answered.items() if KINDS.get(name) not in ("mixture", "policy")},
         lines=lines,
         domains=[
-            _domain(
-                test.select(test.domain == domain),
-                choices[MIXTURE][test.domain == domain],
-                best,
-                rule,
-                seed,
-                bootstrap_samples,
-            )
-            for domain in sorted(set(test.domain.tolist()))
+            _domain(test, mixture, table.domain == domain, best, rule, seed, bootstrap_samples)
+            for domain in sorted(set(table.domain.tolist()))
         ],
-        curve=None if predicted is None else routing_curve(test, best, choices[MIXTURE], predicted, rule),
-        cost=ROUTED_COST,
+        curve=None if predicted is None else routing_curve(table, best, mixture, predicted, rule),
+        cost=mixture.mean_cost,
         wins=wins,
-        sentence=_sentence(difference, wins, names[best], share, rule),
+        sentence=sentence(
+            difference,
+            wins=wins,
+            best=names[best],
+            only_best=bool((mixture.asked[:, best] == 1).all() and mixture.asked.sum() == len(mixture)),
+            cost=mixture.mean_cost,
+            metric=rule,
+        ),
+        policy=policy,
+        policies={name: one for name, one in answered.items() if KINDS.get(name) == "policy"},
     )
 
 
-def _check(test: LossTable, validation: LossTable, choices: Mapping[str, Choice]) -> None:
+def best_per_sample(tables: Tables, metric: Metric) -> Choice:
+    """The best expert of each sample, (n,): by the metric, and where that is right or wrong only, among equals by the
+    first metric that is finer. The first expert of equals.
+    """
+    loss = tables[metric.name].loss
+    finer = next((METRICS[name] for name in tables if metric.binary and not METRICS[name].binary), None)
+    if finer is None:
+        return metric.best(loss, 1)
+    among = np.where(loss == loss.max(1, keepdims=True), tables[finer.name].loss, np.inf)
+    return finer.best(among, 1)
+
+
+def _check(test: Tables, validation: LossTable, outcomes: Mapping[str, Outcome]) -> None:
+    if validation.metric not in test:
+        raise ProtocolError(
+            f"the validation losses are {validation.metric} and the test losses {', '.join(test)}: score both alike"
+        )
+    table = test[validation.metric]
     for name in ("protocol", "runtime", "experts"):
-        ours, theirs = getattr(test, name), getattr(validation, name)
+        ours, theirs = getattr(table, name), getattr(validation, name)
         if ours != theirs:
             raise ProtocolError(
                 f"the test losses have {name} {ours} and the validation losses {theirs}: score both alike"
             )
-    if MIXTURE not in choices:
-        raise ProtocolError(f"there are no choices of the deployed router ({MIXTURE!r}) to judge")
-    for name, choice in choices.items():
-        if choice.shape != (len(test),) or choice.min() < 0 or choice.max() >= len(test.experts):
+    for metric, other in test.items():
+        if other.experts != table.experts or not np.array_equal(other.sample, table.sample):
+            raise ProtocolError(f"{metric} and {table.metric} are of other samples or experts: score the test again")
+    if MIXTURE not in outcomes:
+        raise ProtocolError(f"there is no outcome of the deployed router ({MIXTURE!r}) to judge")
+    for name, outcome in outcomes.items():
+        if outcome.asked.shape != table.loss.shape or set(outcome.values) != set(test):
             raise ProtocolError(
-                f"router {name} chose for {choice.shape[0]} samples among experts {choice.min()} to {choice.max()}, "
-                f"and the test has {len(test)} samples and {len(test.experts)} experts: route the test samples again"
+                f"{name} answered {len(outcome)} samples ({', '.join(outcome.values)}), and the test has {len(table)} "
+                f"({', '.join(test)}): route the test samples again"
             )
 
 
-def _share(choice: Choice, names: tuple[str, ...]) -> dict[str, float]:
-    counts = np.bincount(choice, minlength=len(names))
-    return {name: float(count / len(choice)) for name, count in zip(names, counts, strict=True)}
+@dataclass(frozen=True)
+class _Row:
+    """A line before it is judged: sums per metric, (n,), and mean cost."""
+
+    kind: Kind
+    name: str
+    values: Mapping[str, Floats]
+    cost: float
+
+
+def _rows(test: Tables, outcomes: Mapping[str, Outcome], rule: Metric) -> list[_Row]:
+    """Everything that is compared, in reading order."""
+    table, mixture = test[rule.name], outcomes[MIXTURE]
+    experts = len(table.experts)
+    rows = [_Row("base", "base", {name: one.base for name, one in test.items()}, 1.0)]
+    rows += [
+        _Row("expert", expert, {name: one.loss[:, column] for name, one in test.items()}, 1.0)
+        for column, expert in enumerate(table.experts)
+    ]
+    order: tuple[Kind, ...] = ("mixture", "policy")
+    ranked = sorted(outcomes, key=lambda name: order.index(kind) if (kind := _kind(name)) in order else len(order))
+    rows += [_Row(_kind(name), name, outcomes[name].values, outcomes[name].mean_cost) for name in ranked]
+    share = mixture.share / (mixture.asked.sum() / len(mixture))
+    rows.append(_Row("no skill", "random", {name: one.loss.mean(1) for name, one in test.items()}, 1.0))
+    rows.append(_Row("no skill", "uniform", {name: one.loss @ share for name, one in test.items()}, 1.0))
+    oracle = routed(test, best_per_sample(test, rule)).values
+    rows.append(_Row("bound", "oracle", oracle, float(experts)))
+    halves = {name: _split_half(one, METRICS[name]) for name, one in test.items()}
+    split = {name: values for name, values in halves.items() if values is not None}
+    if split:
+        rows.append(_Row("bound", "split-half oracle", split, float(experts)))
+    return rows
+
+
+def _kind(name: str) -> Kind:
+    return KINDS.get(name, "router")
+
+
+def _share(outcome: Outcome, names: tuple[str, ...]) -> dict[str, float]:
+    return dict(zip(names, outcome.share.tolist(), strict=True))
 
 
 def _split_half(table: LossTable, metric: Metric) -> Floats | None:
@@ -179,27 +226,24 @@ def _split_half(table: LossTable, metric: Metric) -> Floats | None:
     return scored
 
 
-def _line(
-    kind: Kind,
-    name: str,
-    cost: float,
-    value: Interval,
-    difference: Interval | None,
-    table: LossTable,
-    loss: Floats,
-    metric: Metric,
-) -> Line:
-    total, text_bytes = float(loss.sum()), float(table.text_bytes.sum())
+def _line(row: _Row, value: Interval, difference: Interval | None, test: Tables, metric: Metric) -> Line:
+    table = test[metric.name]
+    total, text_bytes = float(row.values[metric.name].sum()), float(table.text_bytes.sum())
     return Line(
-        kind,
-        name,
+        row.kind,
+        row.name,
         value.value,
         value.low,
         value.high,
         perplexity(total, float(table.count.sum())) if metric.is_nats else None,
         bits_per_byte(total, text_bytes) if metric.is_nats and text_bytes > 0 else None,
-        cost,
+        row.cost,
         difference,
+        {
+            name: float(row.values[name].sum() / one.count.sum())
+            for name, one in test.items()
+            if name != metric.name and name in row.values
+        },
     )
 
 
@@ -218,11 +262,16 @@ def _recovered(
     return gap, Interval(gain.value / gap.value, low, high, None, gap.n_documents, gap.n_samples)
 
 
-def _domain(table: LossTable, choice: Choice, best: int, metric: Metric, seed: int, resamples: int) -> DomainRow:
+def _domain(
+    test: Tables, mixture: Outcome, rows: np.ndarray[tuple[int], np.dtype[np.bool_]], best: int, metric: Metric,
+    seed: int, resamples: int,
+) -> DomainRow:  # fmt: skip
+    tables = {name: one.select(rows) for name, one in test.items()}
+    table, outcome = tables[metric.name], mixture.select(rows)
     total = table.count.sum()
-    mixture, reference = table.chosen(choice), table.loss[:, best]
-    (difference,) = intervals(
-        table.document, (mixture - reference)[:, None], table.count, resamples, seed, differences=True
+    score, reference = outcome.values[metric.name], table.loss[:, best]
+    (difference,) = paired_intervals(
+        table.document, score[:, None], reference, table.count, resamples, seed, binary=metric.binary
     )
     return DomainRow(
         domain=str(table.domain[0]),
@@ -231,34 +280,8 @@ def _domain(table: LossTable, choice: Choice, best: int, metric: Metric, seed: i
         base=float(table.base.sum() / total),
         experts={name: float(table.loss[:, i].sum() / total) for i, name in enumerate(table.experts)},
         best_single=float(reference.sum() / total),
-        mixture=float(mixture.sum() / total),
-        oracle=float(table.chosen(metric.best(table.loss, 1)).sum() / total),
+        mixture=float(score.sum() / total),
+        oracle=float(table.chosen(best_per_sample(tables, metric)).sum() / total),
         difference=difference,
-        share=_share(choice, table.experts),
-    )
-
-
-def _sentence(difference: Interval, wins: bool, best: str, share: Mapping[str, float], metric: Metric) -> str:
-    """The outcome in plain words."""
-    basis = f"{difference.n_documents} documents"
-    numbers = f"{signed_interval(difference)} {metric.label}, {p_statement(difference.p)}"
-    if wins:
-        return (
-            f"The mixture wins by {abs(difference.value):.4f} {metric.label} over {best}, the best single expert "
-            f"(difference {signed_interval(difference)}, {p_statement(difference.p)}, {basis})."
-        )
-    if share[best] == 1.0:
-        return f"The mixture does not win here: every sample goes to {best}, the best single expert ({basis})."
-    if difference.n_documents < MINIMUM_DOCUMENTS:
-        return (
-            f"The mixture does not win here: {basis} are too few to claim anything (at least {MINIMUM_DOCUMENTS} are "
-            f"needed); its difference to {best}, the best single expert, is {numbers}."
-        )
-    if difference.excludes_zero():
-        return (
-            f"The mixture does not win here: it is worse than {best}, the best single expert, by {numbers} ({basis})."
-        )
-    return (
-        f"The mixture does not win here: its difference to {best}, the best single expert, is {numbers}, "
-        f"and the interval includes zero ({basis})."
+        share=_share(outcome, table.experts),
     )

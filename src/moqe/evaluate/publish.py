@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moqe.evaluate import format as write
 from moqe.evaluate.card import write_card
+from moqe.evaluate.contact import ContactSheet
 from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
+from moqe.evaluate.metrics import METRICS, Metric
 from moqe.evaluate.report import write_report
 from moqe.evaluate.verdict import Verdict
 from moqe.folder import MixtureFolder
@@ -15,15 +18,22 @@ from moqe.recipe import Recipe, dump_recipe
 from moqe.store import read_json
 
 
-def publish(place: MixtureFolder, verdict: Verdict, recipe: Recipe) -> None:
-    """Write README.md and report.html. Raises CheckpointError when a certificate or a router's selection is damaged."""
-    context = gather(place, recipe, tuple(verdict.protocols))
+def publish(place: MixtureFolder, verdict: Verdict, recipe: Recipe, contact: ContactSheet | None = None) -> None:
+    """Write README.md and report.html. Raises CheckpointError when a certificate or a router's selection is damaged.
+
+    contact: images on which experts disagree, where samples are images.
+    """
+    metric = METRICS[verdict.router_metric]
+    context = replace(gather(place, recipe, tuple(verdict.protocols), metric), contact=contact)
     write_card(place.card, verdict, context)
     write_report(place.report, verdict, context)
 
 
-def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...]) -> ReportContext:
-    """What card and report say beside the verdict, read from certificates and from the routers' selection."""
+def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...], metric: Metric) -> ReportContext:
+    """What card and report say beside the verdict, read from certificates and from the routers' selection.
+
+    metric: what routers were trained on.
+    """
     substituted = []
     for expert in recipe.experts:
         if place.certificate(expert.name).exists():
@@ -38,19 +48,19 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...]) -> 
     return ReportContext(
         base=recipe.base,
         recipe_yaml=dump_recipe(recipe),
-        candidates={name: _candidates(selection) for name, selection in selections.items()},
-        guards={name: _guard(selection) for name, selection in selections.items()},
+        candidates={name: _candidates(selection, metric) for name, selection in selections.items()},
+        guards={name: _guard(selection, metric) for name, selection in selections.items()},
         substitutions=tuple(substituted),
     )
 
 
-def _candidates(selection: Mapping[str, Any]) -> tuple[CandidateRow, ...]:
+def _candidates(selection: Mapping[str, Any], metric: Metric) -> tuple[CandidateRow, ...]:
     """The routers that the deployed preset compared."""
     fitted = selection[selection["deployed"]]
     return tuple(
         CandidateRow(
             row["name"],
-            row["loss"],
+            metric.value_of_cost(row["loss"]),
             row["gain"]["value"],
             row["gain"]["standard_error"],
             row["name"] == fitted["chosen"],
@@ -59,13 +69,14 @@ def _candidates(selection: Mapping[str, Any]) -> tuple[CandidateRow, ...]:
     )
 
 
-def _guard(selection: Mapping[str, Any]) -> str:
+def _guard(selection: Mapping[str, Any], metric: Metric) -> str:
     """What the guard of the deployed router saw and did; empty where there is none."""
     guard = selection[selection["deployed"]]["guard"]
     if guard is None:
         return ""
     gain, fallback = guard["gain"], selection["experts"][guard["fallback"]]
-    seen = f"{write.signed(gain['value'])} \N{PLUS-MINUS SIGN} {write.number(gain['standard_error'])} nats per token"
+    value, error = write.metric_difference(gain["value"], metric), write.metric_value(gain["standard_error"], metric)
+    seen = f"{value} \N{PLUS-MINUS SIGN} {error} {metric.difference_label}"
     if not guard["kept"]:
         return f"The guard replaced the router by {fallback}: its gain on validation was {seen}."
     return (

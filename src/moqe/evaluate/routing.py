@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moqe.evaluate.judge import MIXTURE, judge
-from moqe.evaluate.loss_table import LossTable
+from moqe.evaluate.judge import MIXTURE, Tables, judge
+from moqe.evaluate.loss_table import Floats, LossTable
+from moqe.evaluate.metrics import METRICS
+from moqe.evaluate.outcome import Outcome, routed
 from moqe.evaluate.verdict import ProtocolVerdict
 from moqe.progress import Advance, Progress, ignore
 from moqe.recipe import Router as RouterOptions
@@ -65,30 +67,50 @@ def fit_routers(
     return FittedRouters(routers, selection)
 
 
-def judge_routers(
-    test: LossTable,
-    validation: LossTable,
-    features: Features,
-    routers: Mapping[str, Router],
-    seed: int,
-    bootstrap_samples: int,
-    metric: str,
-    advance: Advance = ignore,
-) -> ProtocolVerdict:
-    """Judge the routers of one protocol on the test samples; `routers` has the names of ROUTERS.
+@dataclass(frozen=True)
+class Answers:
+    """What routers and policies do with some samples: outcomes by name.
 
-    advance: told of JUDGING_STEPS steps.
+    predicted: the deployed router's predicted costs before its guard, (n, experts).
+    """
+
+    outcomes: Mapping[str, Outcome]
+    predicted: Floats
+
+
+def answer(tables: Tables, features: Features, routers: Mapping[str, Router], advance: Advance = ignore) -> Answers:
+    """Let routers, which have the names of ROUTERS, choose.
+
+    tables: per metric, of the samples that `features` show. advance: told of every router.
     """
     costs = {}
     for name, router in routers.items():
         costs[name] = router.predict(features).cpu()
         advance(1)
     choices = {name: choose(cost).numpy().astype(np.int64) for name, cost in costs.items() if name != UNGUARDED}
-    predicted = costs[UNGUARDED].double().numpy()
-    verdict = judge(test, validation, choices, seed, bootstrap_samples, metric=metric, predicted=predicted)
+    outcomes = {name: routed(tables, choice) for name, choice in choices.items()}
+    return Answers(outcomes, costs[UNGUARDED].double().numpy())
+
+
+def judge_routers(
+    test: Tables,
+    validation: LossTable,
+    features: Features,
+    routers: Mapping[str, Router],
+    seed: int,
+    bootstrap_samples: int,
+    advance: Advance = ignore,
+) -> ProtocolVerdict:
+    """Judge the routers of one protocol on the test samples; see `judge` for the tables and `answer` for the rest.
+
+    advance: told of JUDGING_STEPS steps.
+    """
+    answers = answer(test, features, routers, advance)
+    verdict = judge(test, validation, answers.outcomes, seed, bootstrap_samples, predicted=answers.predicted)
     advance(1)
     return verdict
 
 
 def _examples(table: LossTable, features: Features) -> RoutingExamples:
-    return RoutingExamples(features, torch.from_numpy(table.mean), tuple(table.document.tolist()))
+    losses = METRICS[table.metric].cost(table.mean)
+    return RoutingExamples(features, torch.from_numpy(losses), tuple(table.document.tolist()))

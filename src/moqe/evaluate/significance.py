@@ -9,7 +9,7 @@ Percentile intervals are somewhat too narrow below about 20 documents; below MIN
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,8 @@ _BLOCK = 256  # resamples drawn at a time, to bound memory
 class Interval:
     """A value with its 95 % bootstrap interval.
 
-    low and high are None when there are fewer than two documents to resample; p is the Wilcoxon signed-rank p of a
-    difference over documents, and None for a value that is not a difference.
+    low and high are None when there are fewer than two documents to resample; p is that of a difference, and None for a
+    value that is none (see `paired_intervals`).
     """
 
     value: float
@@ -107,6 +107,34 @@ def intervals(
         Interval(float(value), low, high, p, n_documents, n_samples)
         for value, (low, high), p in zip(values, ranges, p_values, strict=True)
     ]
+
+
+def paired_intervals(
+    document: NDArray[np.str_],
+    values: Floats,
+    reference: Floats,
+    denominator: Floats,
+    resamples: int,
+    seed: int,
+    *,
+    binary: bool,
+) -> list[Interval]:
+    """The paired difference of every column of `values`, (n, k), to `reference`, (n,): interval and p.
+
+    p is Wilcoxon's over documents. Where samples are `binary`, right or wrong, and each is a document of its own, it is
+    McNemar's, but for columns of expected values, which are neither.
+    """
+    found = intervals(document, values - reference[:, None], denominator, resamples, seed, differences=True)
+    if not binary or len(np.unique(document)) != len(document) or not _is_binary(reference):
+        return found
+    return [
+        replace(interval, p=mcnemar(reference == 1, column == 1)) if _is_binary(column) else interval
+        for interval, column in zip(found, values.T, strict=True)
+    ]
+
+
+def _is_binary(values: Floats) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
 
 
 def wilcoxon(differences: Floats) -> float:

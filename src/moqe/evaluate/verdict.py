@@ -6,7 +6,7 @@ Terminal table, card and report are drawn from it and from nothing else that was
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from moqe.errors import CheckpointError
 from moqe.evaluate.significance import Interval
 from moqe.store import read_json, write_text
 
-Kind = Literal["base", "expert", "mixture", "router", "no skill", "bound"]
+Kind = Literal["base", "expert", "mixture", "policy", "router", "no skill", "bound"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Line:
     """One row of the main table: a way of choosing an expert per sample, and what it scores.
 
     kind: what sort of row it is. value, low, high: the metric with its interval. perplexity, bits_per_byte: None where
-    the metric has none. cost: forward passes of a model per sample. difference: to the best single expert, None for
-    that expert itself.
+    the metric has none. cost: mean forward passes of a model per sample. difference: to the best single expert, None
+    for that expert itself. also: the values of the other metrics.
     """
 
     kind: Kind
@@ -37,21 +37,29 @@ class Line:
     bits_per_byte: float | None
     cost: float
     difference: Interval | None
+    also: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What a router scores and where it sends the samples: `share` of samples per expert."""
+    """What a router or policy scores, its mean `cost`, and the `share` of samples that each expert answers.
+
+    Shares add up to 1 for a router, and to more where a second expert answers too.
+    """
 
     value: float
     low: float | None
     high: float | None
     share: dict[str, float]
+    cost: float = 1.0
 
 
 @dataclass(frozen=True)
 class DomainRow:
-    """The result on the test samples of one domain. `best_single` is the whole test's, not the domain's own."""
+    """The result on the test samples of one domain, which is the class where samples have one.
+
+    `best_single` is the whole test's, not the domain's own.
+    """
 
     domain: str
     n_samples: int
@@ -67,7 +75,7 @@ class DomainRow:
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean loss when a growing share of the samples leaves the best single expert.
+    """Mean value of the metric when a growing share of the samples leaves the best single expert.
 
     share: from 0 to 1. predicted: samples leave for the router's choice, largest predicted gain first. random: the
     same in random order (expected value). oracle: samples leave for the truly best expert, largest true gain first.
@@ -90,7 +98,9 @@ class ProtocolVerdict:
     information. random: samples sent to experts with equal probability. uniform: sent at random with the mixture's own
     shares. constant: a router that knows only training losses. split_half_oracle: chosen on one half of a sample and
     scored on the other, both ways. oracle_share, split_half_share: the part of the gap between best single and that
-    oracle which the mixture wins; None where the gap is not distinguishable from zero.
+    oracle which the mixture wins; None where the gap is not distinguishable from zero. cost: the mixture's mean.
+    policy: how the mixture turns the router's predictions into work. policies: the policies compared, by name; empty
+    where there is only one.
     """
 
     protocol: str
@@ -121,6 +131,8 @@ class ProtocolVerdict:
     cost: float
     wins: bool
     sentence: str
+    policy: str = "route"
+    policies: dict[str, Routed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,8 @@ class Verdict:
     """The verdict on a mixture.
 
     recipe: the recipe's hash. metric: a key of METRICS. deployed: the protocol that the deployed router follows.
-    experts: facts by name. base_bytes, mixture_bytes: on disk, shared tensors counted once.
+    experts: facts by name. base_bytes, mixture_bytes: on disk, shared tensors counted once. also: the metrics that
+    every line shows beside the judged one. router_metric: what routers were trained on.
     """
 
     recipe: str
@@ -156,6 +169,8 @@ class Verdict:
     seed: int
     bootstrap_samples: int
     version: Literal[1] = 1
+    also: list[str] = field(default_factory=list)
+    router_metric: str = "nats_per_token"
 
     @property
     def headline(self) -> ProtocolVerdict:

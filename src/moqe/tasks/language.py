@@ -56,6 +56,7 @@ class LanguageTask:
     modality = "text"
     runtime_name = "reference"
     classes: tuple[str, ...] = ()
+    feature_expert: str | None = None
 
     def __init__(self, recipe: Recipe, folder: Path, device: str = "cpu") -> None:
         self.recipe, self.folder, self.device = recipe, MixtureFolder(folder), device

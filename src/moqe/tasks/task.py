@@ -56,7 +56,8 @@ class Task(Protocol):
     the others beside it. router_metric: the one that routers are trained on. modality: which networks can route,
     `text`. runtime_name: what computes the losses. protocols: names of the rules by which a sample is scored, the one
     that deployment follows first. classes: names of the classes that a sample can be, in the order of an expert's
-    predictions; empty where samples have no true class.
+    predictions; empty where samples have no true class. feature_expert: the expert that has to run before the router
+    can choose, because the router sees its features; None where routing needs no expert.
     """
 
     metrics: tuple[str, ...]
@@ -65,6 +66,7 @@ class Task(Protocol):
     runtime_name: str
     protocols: tuple[str, ...]
     classes: tuple[str, ...]
+    feature_expert: str | None
 
     @property
     def metric(self) -> str:
