@@ -37,3 +37,21 @@ class Rtn(Options):
     """Options of rtn. `grid: searched` minimises the squared rounding error, `minmax` spans the extremes."""
 
     grid: Literal["searched", "minmax"] = "minmax"
+
+
+class Ptq(Options):
+    """Options of ptq. `percentile` of activations that the range keeps; None searches the least squared error."""
+
+    percentile: float | None = Field(None, gt=50.0, le=100.0)
+
+
+class Qat(Options):
+    """Options of qat. `learning_rate` is in quantization steps per update, `steps` are updates.
+
+    `loss: distill` follows the full-precision network's logits, `labels` the labels of the calibration images.
+    """
+
+    steps: int = Field(600, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(0.03, gt=0.0)
+    loss: Literal["distill", "labels"] = "distill"

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moqe.errors import RecipeError, did_you_mean
-from moqe.method_options import Awq, Gptq, Rtn, SmoothQuant
+from moqe.method_options import Awq, Gptq, Ptq, Qat, Rtn, SmoothQuant
 from moqe.options import Options
 from moqe.store import canonical_hash
 
@@ -133,6 +133,8 @@ class Expert(Options):
     awq: Awq = Awq()
     smoothquant: SmoothQuant = SmoothQuant()
     rtn: Rtn = Rtn()
+    ptq: Ptq = Ptq()
+    qat: Qat = Qat()
 
     @model_validator(mode="after")
     def _one_origin(self) -> Expert:
@@ -212,7 +214,7 @@ ONLY: dict[str, dict[type[Options], frozenset[str]]] = {
     "image-classification": {
         Source: frozenset({"label_column"}),
         Data: frozenset({"preprocessing"}),
-        Expert: frozenset({"base", "weights"}),
+        Expert: frozenset({"base", "weights", "ptq", "qat"}),
         Router: frozenset({"feature", "loss", "policy", "max_cost"}),
     },
 }
