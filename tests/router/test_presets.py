@@ -69,6 +69,7 @@ def test_tuned_finds_a_planted_signal_and_says_what_it_compared(planted):
     fitted = fit_tuned(Options(epochs=4), train, validation, 0, progress=progress)
     names = ["linear", "knn", "network-cross_entropy", "network-expected_loss", "network-centred_regression"]
     assert [candidate.name for candidate in fitted.candidates] == names
+    assert {candidate.compared for candidate in fitted.candidates} == {5}
     assert progress.steps == {"compare routers": [20, 20]}
     assert fitted.chosen == min(fitted.candidates, key=lambda candidate: candidate.loss).name
     assert fitted.guard is not None

@@ -3,9 +3,9 @@
 `paper`: the paper's network, objective, balance and optimizer (Adam 5e-5 with cosine decay; text: batch 8 x
 accumulation 6, weight decay 0.01; image: 48 x 2 and none). The number of epochs is not in the paper; 10 is what the
 authors' published training command uses for text. `tuned`: linear, knn and a small network with each of the three
-objectives are cross-validated by document over training and validation data; the best of those whose gain exceeds its
-standard error is refitted, else the router is constant. Values a recipe sets replace the preset's; under `tuned` they
-apply to the networks, and a set objective leaves only the network with that one.
+objectives are cross-validated by document over training and validation data; the best of those whose gain clears the
+bar of `moqe.router.selection` is refitted, else the router is constant. Values a recipe sets replace the preset's;
+under `tuned` they apply to the networks, and a set objective leaves only the network with that one.
 
 Compute is capped: without `router.epochs` in the recipe the number of epochs is lowered, with a warning, until training
 is estimated at no more than `MAX_MULTIPLICATIONS`.
@@ -176,7 +176,7 @@ def fit_tuned(
     with progress.track("compare routers", FOLDS * len(fits)) as advance:
         for name, fit in fits.items():
             unseen[name] = predict_unseen(fit, pool, fold, advance)
-            judged.append(judge(name, unseen[name], pool, fallback))
+            judged.append(judge(name, unseen[name], pool, fallback, len(fits)))
     winners = [candidate for candidate in judged if candidate.wins]
     rows = torch.arange(len(pool))
     if not winners:
