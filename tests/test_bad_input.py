@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 import moqe
 from moqe import cli, store
 from moqe.errors import CheckpointError, DataError, DiskFull, ModelError, MoqeError, NumericalError, RecipeError
+from moqe.router import save_router
+from moqe.router.baselines import Uniform
 
 Content = dict[str, Any]
 Run = Callable[..., tuple[int, str]]
@@ -183,6 +185,83 @@ def test_damage_in_what_experts_share_is_noticed(built: Path, tmp_path: Path, ru
     for arguments in (("route", folder, "the river"), ("inspect", folder, "--verify"), ("evaluate", folder)):
         code, said = run(*arguments)
         assert (code, "model-shared.safetensors is damaged" in said) == (2, True), said
+
+
+def damaged(path: Path, key: str, value: object) -> None:
+    """Replace a value of a JSON file, named as `a.b`, or the whole content where the key is empty; None removes it."""
+    content = json.loads(path.read_text())
+    *outer, last = key.split(".")
+    place = content
+    for name in outer:
+        place = place[name]
+    if value is None:
+        del place[last]
+    elif last:
+        place[last] = value
+    path.write_text(json.dumps(content if last else value))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("mixture.json", "", []),
+        ("mixture.json", "format_version", None),
+        ("mixture.json", "recipe", None),
+        ("mixture.json", "identity", None),
+        ("mixture.json", "identity", []),
+        ("mixture.json", "shared", None),
+        ("mixture.json", "protocols", []),
+        ("mixture.json", "protocols", [1]),
+        ("mixture.json", "experts", {}),
+        ("mixture.json", "experts.gptq", []),
+        ("mixture.json", "experts.gptq.files", None),
+        ("mixture.json", "experts.gptq.files", {"config.json": 1}),
+        ("router/prefix-16/mixture/router.json", "", []),
+        ("router/prefix-16/mixture/router.json", "kind", None),
+        ("router/prefix-16/mixture/router.json", "tensors", None),
+        ("router/prefix-16/mixture/router.json", "kind", ["constant"]),
+        ("router/prefix-16/mixture/router.json", "guard", [1]),
+    ],
+)
+def test_damaged_files_of_a_mixture_are_named(
+    file: str, key: str, value: object, built: Path, tmp_path: Path, run: Run
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(built, folder)
+    damaged(folder / file, key, value)
+    verbs = [("route", folder, "the river")]
+    verbs += [("inspect", folder), ("generate", folder, "the river")] if file == "mixture.json" else []
+    for arguments in verbs:
+        code, said = run(*arguments)
+        assert (code, Path(file).name in said, "build" in said) == (2, True, True), said
+
+
+def test_a_router_of_another_mixture(built: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(built, folder)
+    save_router(Uniform(2), folder / "router" / "prefix-16" / "mixture")
+    code, said = run("route", folder, "the river")
+    assert (code, "routes among 2 experts, and the mixture has 4" in said) == (2, True), said
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "verb"),
+    [
+        ("router/whole/selection.json", "", {}, "evaluate"),
+        ("router/whole/selection.json", "tuned.candidates", [{"name": "linear"}], "evaluate"),
+        ("verdict.json", "", {}, "inspect"),
+        ("verdict.json", "protocols", [], "inspect"),
+        ("experts/gptq/certificate.json", "", [], "inspect"),
+    ],
+)
+def test_damaged_records_of_a_mixture_are_named(
+    file: str, key: str, value: object, verb: str, built: Path, tmp_path: Path, run: Run
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(built, folder)
+    damaged(folder / file, key, value)
+    code, said = run(verb, folder)
+    assert (code, Path(file).name in said) == (2, True), said
 
 
 def test_a_recipe_that_changed_under_a_half_built_folder(

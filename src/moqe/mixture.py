@@ -11,7 +11,7 @@ compared with the digests in the manifest; embeddings and norms that experts sha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moqe.data.protocols import visible_tokens
 from moqe.errors import CheckpointError, MoqeError, did_you_mean
+from moqe.evaluate.verdict import read_verdict
 from moqe.folder import MixtureFolder
 from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
@@ -29,7 +30,7 @@ from moqe.recipe import Recipe, load_recipe
 from moqe.router import TokenFeatures, load_router
 from moqe.router.router import Router
 from moqe.runtimes.reference import ReferenceRuntime
-from moqe.store import digest_files, disk_bytes, read_json
+from moqe.store import digest_files, disk_bytes, read_json, reading
 
 FORMAT_VERSION = 1
 
@@ -108,6 +109,11 @@ class Mixture:
         seen = ids[: visible_tokens(name) or min(self.recipe.data.window, self.recipe.router.max_tokens)]
         router = self._router(name)
         costs = router.predict(TokenFeatures(seen[None], self._shared.embedding, self.device))[0]
+        if len(costs) != len(self.experts):
+            raise CheckpointError(
+                f"{self.folder.router(name)} routes among {len(costs)} experts, and the mixture has "
+                f"{len(self.experts)}: build or copy it again"
+            )
         choice = int(costs.argmin())
         return Decision(
             self.experts[choice],
@@ -189,14 +195,27 @@ def read_manifest(folder: MixtureFolder) -> dict[str, Any]:
         state = "is half-built: run the same `moqe build` again" if folder.recipe.exists() else "holds no mixture"
         raise CheckpointError(f"{folder.path} {state}")
     manifest: dict[str, Any] = read_json(folder.manifest)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder.manifest} has format {manifest.get('format_version')}, and this version of MoQE reads "
-            f"{FORMAT_VERSION}: build again"
-        )
+    with reading(folder.manifest):
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder.manifest} has format {manifest['format_version']}, and this version of MoQE reads "
+                f"{FORMAT_VERSION}: build again"
+            )
+        _check_manifest(manifest)
     if load_recipe(folder.recipe).hash != manifest["recipe"]:
         raise CheckpointError(f"{folder.recipe} is not the recipe the mixture was built from: bring it back")
     return manifest
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError unless everything that is read of a manifest is there."""
+    tables = [manifest["identity"], manifest["shared"], *(entry["files"] for entry in manifest["experts"].values())]
+    texts = [manifest["recipe"], *manifest["protocols"], *(text for table in tables for text in table.values())]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise TypeError(f"{wrong[0]!r} is not text")
+    if not manifest["protocols"] or not manifest["experts"]:
+        raise ValueError("it names no protocol or no expert")
 
 
 def verify_mixture(folder: MixtureFolder, manifest: Mapping[str, Any], progress: Progress | None = None) -> None:
@@ -221,6 +240,11 @@ def _verify_files(expected: Mapping[Path, str], progress: Progress) -> None:
             raise CheckpointError(f"{path} is damaged (its digest is not the manifest's): build or copy it again")
 
 
+def _certificate(path: Path) -> dict[str, Any]:
+    with reading(path):
+        return dict(read_json(path).items())
+
+
 def inspect(folder: Path | str, verify: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """What a mixture is made of: recipe, experts with certificates and bytes, protocols, verdict.
 
@@ -235,12 +259,12 @@ def inspect(folder: Path | str, verify: bool = False, progress: Progress | None 
         "folder": str(place.path),
         "manifest": manifest,
         "recipe": load_recipe(place.recipe).model_dump(mode="json", exclude_defaults=True),
-        "certificates": {name: read_json(place.certificate(name)) for name in manifest["experts"]},
+        "certificates": {name: _certificate(place.certificate(name)) for name in manifest["experts"]},
         "bytes": {
             "folder": disk_bytes(place.path),
             "shared": disk_bytes(place.shared),
             "experts": {name: disk_bytes(place.expert(name)) for name in manifest["experts"]},
         },
-        "verdict": read_json(place.verdict) if place.verdict.exists() else None,
+        "verdict": asdict(read_verdict(place.verdict)) if place.verdict.exists() else None,
         "verified": verify,
     }

@@ -95,6 +95,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise CheckpointError where the block, which looks into the content of `path`, does not find what it expects."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}): build or copy the mixture again"
+        ) from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises CheckpointError when it is missing or not JSON."""
     try:

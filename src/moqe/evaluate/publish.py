@@ -15,7 +15,7 @@ from moqe.evaluate.report import write_report
 from moqe.evaluate.verdict import Verdict
 from moqe.folder import MixtureFolder
 from moqe.recipe import Recipe, dump_recipe
-from moqe.store import read_json
+from moqe.store import read_json, reading
 
 
 def publish(place: MixtureFolder, verdict: Verdict, recipe: Recipe, contact: ContactSheet | None = None) -> None:
@@ -37,19 +37,25 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...], met
     substituted = []
     for expert in recipe.experts:
         if place.certificate(expert.name).exists():
-            layers = read_json(place.certificate(expert.name)).get("layers", [])
-            substituted += [
-                Substitution(expert.name, layer["name"], layer["substituted"])
-                for layer in layers
-                if layer["substituted"]
-            ]
+            with reading(place.certificate(expert.name)):
+                layers = read_json(place.certificate(expert.name)).get("layers", [])
+                substituted += [
+                    Substitution(expert.name, layer["name"], layer["substituted"])
+                    for layer in layers
+                    if layer["substituted"]
+                ]
     paths = {name: place.router(name) / "selection.json" for name in protocols}
-    selections = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    candidates, guards = {}, {}
+    for name, path in paths.items():
+        if path.exists():
+            with reading(path):
+                selection = read_json(path)
+                candidates[name], guards[name] = _candidates(selection, metric), _guard(selection, metric)
     return ReportContext(
         base=recipe.base,
         recipe_yaml=dump_recipe(recipe),
-        candidates={name: _candidates(selection, metric) for name, selection in selections.items()},
-        guards={name: _guard(selection, metric) for name, selection in selections.items()},
+        candidates=candidates,
+        guards=guards,
         substitutions=tuple(substituted),
     )
 

@@ -78,6 +78,6 @@ def load_router(folder: Path) -> Router:
             return GuardedRouter(router, int(saved_guard["fallback"]), float(saved_guard["margin"]))
     except MoqeError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION} does not describe a router: build the router again") from error
     return router
