@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from moqe.bundled.digits import LABELS
+from moqe.bundled.digits import LABELS, SIDE
 from moqe.bundled.digits_resnet import DigitsResNet
 from moqe.errors import ModelError, RecipeError, did_you_mean
 from moqe.recipe import Preprocessing, Recipe, load_recipe
@@ -52,7 +52,7 @@ def bundled_classifier(name: str) -> BundledClassifier:
         raise RecipeError(f"{name!r} is a language model: set task: language")
     if name not in CLASSIFIERS:
         raise RecipeError(f"unknown bundled image classifier {name!r}; {did_you_mean(name, CLASSIFIERS)}")
-    as_they_are = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    as_they_are = Preprocessing(crop=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return BundledClassifier(CLASSIFIERS[name], _checked(name) / "model.safetensors", LABELS, as_they_are)
 
 
