@@ -54,14 +54,15 @@ def export_float_graph(network: nn.Module, image_shape: Sequence[int]) -> Any:
     example = torch.zeros(2, *image_shape)  # two images: torch would take a batch of one for a constant
     try:
         with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                deepcopy(network).cpu().eval(),
-                (example,),
+            # Captured here: left alone, torch.onnx.export falls back to captures that fix the batch size.
+            sizes = ({0: torch.export.Dim(BATCH)},)
+            program = torch.export.export(deepcopy(network).cpu().eval(), (example,), dynamic_shapes=sizes)
+            onnx_program = torch.onnx.export(
+                program,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
                 verbose=False,
             )
     except Exception as error:  # the exporter lets through whatever the network and torch.compile raise
@@ -69,8 +70,8 @@ def export_float_graph(network: nn.Module, image_shape: Sequence[int]) -> Any:
         raise ModelError(
             f"{type(network).__name__} cannot be exported to ONNX for images of shape {tuple(image_shape)}: {reason}"
         ) from error
-    assert program is not None
-    return program.model_proto
+    assert onnx_program is not None
+    return onnx_program.model_proto
 
 
 @contextlib.contextmanager

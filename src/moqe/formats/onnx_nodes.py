@@ -6,9 +6,10 @@ Spec: ONNX, opset 21 (QuantizeLinear, DequantizeLinear). What an initializer is 
     <layer>.input_scale, .input_zero_point   the input's quantizer; .output_... likewise
     <layer>.input_fine_scale, .input_fine_zero_point, .input_thresholds    of learned thresholds
 
-Codes of up to 4 bits lie packed in the file and are cast to INT8 once, when a session is made, because no kernel of
-ONNX Runtime's CPU provider multiplies 4-bit integers. Activations of fewer than 8 bits are cut by an integer Clip
-behind an 8-bit QuantizeLinear; a convolution before it still leaves integers.
+Codes of up to 4 bits lie packed in the file. Codes of fewer than 8 bits are spread over int8 once, when a session is
+made, with scales that are so much smaller: no kernel of ONNX Runtime's CPU provider multiplies 4-bit integers, and it
+rounds biases to multiples of input scale times weight scale, which would be coarse at 4 bits. Activations of fewer than
+8 bits are cut by an integer Clip behind an 8-bit QuantizeLinear; a convolution before it still leaves integers.
 
 Uniform     QuantizeLinear, Clip below 8 bits, DequantizeLinear: convolutions run in integers
 Thresholds  QuantizeLinear to 16 bits, Gather from a table that is made of the thresholds when a session is made: levels
@@ -48,11 +49,12 @@ def add_weight(graph: Graph, layer: str, weight: WeightCodes, transposed: bool) 
     codes = weight.codes.detach().cpu().numpy()
     if weight.bits <= PACKED_BITS:
         graph.initializers[name] = _packed(name, codes)
-        code_type = require_onnx("ONNX").TensorProto.INT8
-        integers = graph.add("Cast", [name], f"{name}_int8", to=code_type)
     else:
-        integers = graph.constant(name, codes)
+        graph.constant(name, codes)
     scale = graph.constant(f"{name}_scale", _float32(weight.scale))
+    integers = name
+    if weight.bits < 8:
+        integers, scale = _widened(graph, name, 1 << (8 - weight.bits))
     result = f"{name}_float"
     if weight.block:
         graph.add("DequantizeLinear", [integers, scale], result, axis=1, block_size=weight.block)
@@ -62,6 +64,17 @@ def add_weight(graph: Graph, layer: str, weight: WeightCodes, transposed: bool) 
     if transposed:  # the codes rather than the floats: products of integers have no transposed weight
         integers = graph.add("Transpose", [integers], f"{name}_transposed", perm=[1, 0])
     return graph.add("DequantizeLinear", [integers, scale, zero], result, axis=1 if transposed else 0)
+
+
+def _widened(graph: Graph, name: str, factor: int) -> tuple[str, str]:
+    """Codes times a power of two and scales divided by it: the same weight, in codes that span int8."""
+    types = require_onnx("ONNX").TensorProto
+    wide = graph.add("Cast", [name], f"{name}_int32", to=types.INT32)
+    factors = [graph.constant(f"moqe.factor_{factor}", np.int32(factor))]
+    wide = graph.add("Mul", [wide, *factors], f"{name}_widened")
+    shares = [graph.constant(f"moqe.share_{factor}", np.float32(1 / factor))]
+    scale = graph.add("Mul", [f"{name}_scale", *shares], f"{name}_scale_widened")
+    return graph.add("Cast", [wide], f"{name}_int8", to=types.INT8), scale
 
 
 def add_quantizer(graph: Graph, name: str, value: str, quantizer: InputQuantizer, channels: int) -> str:

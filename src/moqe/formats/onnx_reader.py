@@ -122,6 +122,8 @@ def _layer(record: Mapping[str, Any], numbers: _Initializers) -> QuantizedLayer:
 def _weight(layer: str, bits: int, block: int, numbers: _Initializers) -> WeightCodes:
     name = f"{layer}.weight"
     codes = numbers.tensor(name, (np.int8,))
+    if bits not in range(1, 9):
+        raise ValueError(f"{name} is said to have {bits} bits")
     low, high = signed_range(bits)
     if int(codes.min()) < low or int(codes.max()) > high:
         raise ValueError(f"{name} holds codes of more than {bits} bits")

@@ -5,6 +5,9 @@ its bias rounded to int32 (in steps of input scale times weight scale) and its s
 to codes, results differ from the reference runtime's by float32 rounding and by that bias. An activation close to the
 middle between two codes may get the other one. `executed` counts what runs as integers and what does not.
 
+Processors of the x86 family without VNNI add pairs of products in 16 bits, which overflow; there ONNX Runtime is told
+to take its slower and exact kernels.
+
 Cost: the file's bytes in memory, plus float32 copies of weights that no integer kernel takes.
 """
 
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from moqe.errors import CheckpointError, DataError, MissingExtra, NumericalError
 from moqe.formats.onnx_graph import require_onnx
+from moqe.runtimes.processor import has_vnni
 
 INTEGER_PRODUCTS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
@@ -100,6 +104,8 @@ def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = _ERRORS_ONLY
+    if not has_vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     if not path.is_file():
