@@ -17,12 +17,13 @@ from moqe.build import BuildResult, Plan, build, evaluate, plan
 from moqe.bundled import quickstart_recipe
 from moqe.doctor import examine
 from moqe.errors import MoqeError
-from moqe.mixture import Decision, Generation, Mixture, Score, inspect, load
+from moqe.mixture import Classification, Decision, Generation, Mixture, Score, inspect, load
 from moqe.recipe import Recipe, load_recipe, parse_recipe
 from moqe.version import __version__
 
 __all__ = [
     "BuildResult",
+    "Classification",
     "Decision",
     "Generation",
     "Mixture",

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moqe.errors import RecipeError, did_you_mean
-from moqe.method_options import Awq, Gptq, Ptq, Qat, Rtn, SmoothQuant
+from moqe.method_options import Awq, Brecq, Gptq, Ptq, Qat, Rtn, SmoothQuant
 from moqe.options import Options
 from moqe.store import canonical_hash
 
@@ -135,6 +135,7 @@ class Expert(Options):
     rtn: Rtn = Rtn()
     ptq: Ptq = Ptq()
     qat: Qat = Qat()
+    brecq: Brecq = Brecq()
 
     @model_validator(mode="after")
     def _one_origin(self) -> Expert:
@@ -214,7 +215,7 @@ ONLY: dict[str, dict[type[Options], frozenset[str]]] = {
     "image-classification": {
         Source: frozenset({"label_column"}),
         Data: frozenset({"preprocessing"}),
-        Expert: frozenset({"base", "weights", "ptq", "qat"}),
+        Expert: frozenset({"base", "weights", "ptq", "qat", "brecq"}),
         Router: frozenset({"feature", "loss", "policy", "max_cost"}),
     },
 }

@@ -98,3 +98,21 @@ def scheme(name: str, group_size: int | None = None, symmetric: bool | None = No
     if name not in SCHEMES:
         raise RecipeError(f"unknown scheme {name!r}; {did_you_mean(name, SCHEMES)}")
     return SCHEMES[name].configured(group_size, symmetric)
+
+
+# Of image classifiers: one weight scale per output channel, activations quantized with scales found by calibration.
+VISION_SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("w8a8", 8, activation_bits=8),
+        Scheme("w4a8", 4, activation_bits=8),
+        Scheme("w4a4", 4, activation_bits=4),
+    )
+}
+
+
+def vision_scheme(name: str) -> Scheme:
+    """Look a scheme for images up by name. Raises RecipeError on an unknown name."""
+    if name not in VISION_SCHEMES:
+        raise RecipeError(f"unknown scheme {name!r} for images; {did_you_mean(name, VISION_SCHEMES)}")
+    return VISION_SCHEMES[name]

@@ -56,7 +56,8 @@ class ReferenceRuntime:
 
     def model(self) -> nn.Module:
         """The expert as a module of transformers, loaded on first use; for whoever wants to look inside."""
-        return self._parts().model
+        model: nn.Module = self._parts().model
+        return model
 
     def release(self) -> None:
         """Give the expert's own weights back; the next use loads them again."""

@@ -1,0 +1,173 @@
+"""An image mixture from its folder: route an image, name what it shows.
+
+    mixture = moqe.load("out/digits")
+    mixture.classify("three.png").label
+
+Experts run in ONNX Runtime, int8 layers in integers, whatever runtime measured the verdict; nothing outside the folder
+is needed. The exception is a router that sees an expert's penultimate features (`feature: backbone`): these come from
+the reference runtime, which opens the full-precision model that the recipe names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moqe.data.decoding import decode
+from moqe.errors import DataError
+from moqe.mixture.mixture import Decision, Mixture
+from moqe.models.image_features import backbone_features, pooled_stage
+from moqe.models.image_shared import STEM, ImageShared, read_image_shared
+from moqe.progress import Progress
+from moqe.router import Cascade, VectorFeatures, load_cascade
+from moqe.runtimes.images import ReferenceImageRuntime
+from moqe.runtimes.onnx import OnnxRuntime
+from moqe.tasks.image_expert_maker import expert_file
+from moqe.tasks.image_models import ImageModels, fold
+
+BASE = "base"
+SHOWN_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What an image shows.
+
+    label, index: the likeliest class. probability: its own. top: the five likeliest classes with their probabilities.
+    expert: who answered first; second: who was asked because the first was unsure, None if nobody was, and then the
+    probabilities are the mean of both. cost: forward passes of an expert. reason: why this expert.
+    """
+
+    label: str
+    index: int
+    probability: float
+    top: Mapping[str, float]
+    expert: str
+    second: str | None
+    cost: float
+    reason: str
+
+
+class ImageMixture(Mixture):
+    """A mixture of image classifiers; see `Mixture` for opening one.
+
+    Raises MissingExtra without the packages of the extra `vision`.
+    """
+
+    def __init__(self, folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> None:
+        super().__init__(folder, device, progress)
+        self._shared: ImageShared = read_image_shared(self.folder.shared)
+        self._runtimes: dict[str, OnnxRuntime] = {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self._shared.classes
+
+    def route(self, sample: Path | str | bytes, protocol: str | None = None) -> Decision:
+        """Choose an expert for an image: a path, or an encoded file's bytes.
+
+        Raises DataError when it is no readable image, MoqeError for a protocol the mixture has no router for.
+        """
+        return self._route(_Picture.of(sample), protocol)
+
+    def classify(self, image: Path | str | bytes, expert: str | None = None) -> Classification:
+        """Name what an image shows, with the routed expert and the mixture's policy, or with `expert` alone.
+
+        image: a path, or an encoded file's bytes. Raises DataError when it is no readable image, MoqeError for an
+        unknown expert.
+        """
+        picture = _Picture.of(image)
+        if expert is not None:
+            return self._classification(self._probabilities(expert, picture), expert, None, 1.0, "pinned")
+        decision = self._route(picture, None)
+        ran = {self.recipe.experts[0].name} if self.recipe.router.feature == "backbone" else set()
+        cascade = self._cascade
+        if cascade is None:
+            first, second = self.experts.index(decision.expert), None
+        else:
+            first = int(cascade.first(torch.tensor([self.experts.index(decision.expert)]))[0])
+            second = cascade.second[first]
+        name = self.experts[first]
+        reason = decision.reason if name == decision.expert else "the cascade always begins with it"
+        probabilities, ran = self._probabilities(name, picture), ran | {name}
+        if cascade is None or second is None or not bool(cascade.unsure(probabilities)[0]):
+            return self._classification(probabilities, name, None, float(len(ran)), reason)
+        other = self.experts[second]
+        both = (probabilities + self._probabilities(other, picture)) / 2.0
+        return self._classification(both, name, other, float(len(ran | {other})), reason)
+
+    def runtime(self, expert: str) -> OnnxRuntime:
+        """The runtime of one expert, loaded and verified on first use. Raises MoqeError on an unknown name."""
+        if expert not in self._runtimes:
+            self._runtimes[expert] = OnnxRuntime(expert_file(self._verified(expert)), torch.get_num_threads())
+        return self._runtimes[expert]
+
+    def _route(self, picture: _Picture, protocol: str | None) -> Decision:
+        if self.recipe.router.feature == "stem":
+            stage = self._stem.logits(picture.pixels(self._shared, BASE))
+            return self._decide(VectorFeatures(pooled_stage(stage), self.device), protocol, "its first stage")
+        first = self.recipe.experts[0].name
+        network, last = self._backbone
+        features = backbone_features(network.network, last, picture.pixels(self._shared, first).to(self.device))
+        return self._decide(VectorFeatures(features, self.device), protocol, f"the features of {first}")
+
+    def _probabilities(self, expert: str, picture: _Picture) -> Tensor:
+        """Of every class, float32 (1, classes)."""
+        return self.runtime(expert).logits(picture.pixels(self._shared, expert)).softmax(1)
+
+    def _classification(
+        self, probabilities: Tensor, expert: str, second: str | None, cost: float, reason: str
+    ) -> Classification:
+        values, order = probabilities[0].sort(descending=True, stable=True)
+        top = {self.classes[int(i)]: float(p) for p, i in zip(values[:SHOWN_CLASSES], order, strict=False)}
+        index = int(order[0])
+        return Classification(self.classes[index], index, float(values[0]), top, expert, second, cost, reason)
+
+    @cached_property
+    def _cascade(self) -> Cascade | None:
+        """The deployed cascade; None where the policy is to ask one expert."""
+        if self.recipe.router.policy != "cascade" or len(self.experts) < 2:
+            return None
+        return load_cascade(self.folder.router(self.protocol) / "mixture", len(self.experts))
+
+    @cached_property
+    def _stem(self) -> OnnxRuntime:
+        return OnnxRuntime(self.folder.shared / STEM, torch.get_num_threads())
+
+    @cached_property
+    def _backbone(self) -> tuple[ReferenceImageRuntime, str]:
+        """The first expert in the reference runtime, and the name of its last layer."""
+        name = self.recipe.experts[0].name
+        path = expert_file(self._verified(name))
+        shape = OnnxRuntime(path).image_shape
+        folded = fold(ImageModels(self.recipe, self.device).of(name), shape, self.device)
+        return ReferenceImageRuntime(folded.network, path), folded.sites[-1].name
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An encoded image and what to call it in errors."""
+
+    content: bytes
+    name: str
+
+    @classmethod
+    def of(cls, image: Path | str | bytes) -> _Picture:
+        if isinstance(image, bytes):
+            return cls(image, "the image")
+        path = Path(image).expanduser()
+        try:
+            return cls(path.read_bytes(), str(path))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): give the path of an image") from error
+
+    def pixels(self, shared: ImageShared, model: str) -> Tensor:
+        """As a model takes it: float32, (1, 3, h, w)."""
+        preprocessing = shared.preprocessing[model]
+        return preprocessing.normalise(preprocessing.arrange(decode(self.content, self.name), self.name)[None])

@@ -1,0 +1,126 @@
+"""A language mixture from its folder: route a text, score it, continue it.
+
+    mixture = moqe.load("out/quickstart")
+    mixture.route("def main():").expert
+    mixture.generate("The quick brown").text
+
+Embeddings and norms that experts share are in memory once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moqe.data.protocols import visible_tokens
+from moqe.errors import MoqeError
+from moqe.formats import open_expert
+from moqe.formats.compressed_tensors import SHARED_TENSORS
+from moqe.mixture.mixture import Decision, Mixture
+from moqe.models.shared import SharedParts, open_shared
+from moqe.progress import Progress
+from moqe.router import TokenFeatures
+from moqe.runtimes.reference import ReferenceRuntime
+
+
+@dataclass(frozen=True)
+class Score:
+    """Loss of a text: nats over `tokens` predicted tokens by `expert`, and the perplexity they amount to."""
+
+    nats: float
+    tokens: int
+    perplexity: float
+    expert: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation: its text, its token ids, the expert that wrote it and the reason for the choice."""
+
+    text: str
+    token_ids: list[int]
+    expert: str
+    reason: str
+
+
+class LanguageMixture(Mixture):
+    """A mixture of language models; see `Mixture` for opening one."""
+
+    def __init__(self, folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> None:
+        super().__init__(folder, device, progress)
+        self._shared: SharedParts = open_shared(self.folder.shared, self.folder.shared / SHARED_TENSORS, device)
+        self._runtimes: dict[str, ReferenceRuntime] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that all experts share."""
+        return self._shared.tokenizer
+
+    def route(self, sample: str | Tensor, protocol: str | None = None) -> Decision:
+        """Choose an expert for a text, or for token ids, int64 (tokens,).
+
+        protocol: what the router may see, by default what the mixture was deployed for; `prefix-k` looks at the first
+        k tokens, `whole` at as many as a window of the recipe had in training.
+        Raises MoqeError for an empty text or a protocol the mixture has no router for.
+        """
+        ids, name = self._ids(sample), protocol or self.protocol
+        most = min(self.recipe.data.window, self.recipe.router.max_tokens)
+        seen = ids[: visible_tokens(name) or most] if name in self.manifest["protocols"] else ids
+        features = TokenFeatures(seen[None], self._shared.embedding, self.device)
+        return self._decide(features, protocol, f"{len(seen)} tokens")
+
+    def score(self, text: str | Tensor, expert: str | None = None) -> Score:
+        """Loss of a text under the routed expert, or under `expert`; every token after the first one counts.
+
+        Raises MoqeError for fewer than two tokens or an unknown expert.
+        """
+        ids = self._ids(text)
+        if len(ids) < 2:
+            raise MoqeError("a text needs at least two tokens to be scored")
+        name, reason = self._choose(ids, expert)
+        nats = self.runtime(name).score(ids[None]).double()
+        mean = float(nats.mean())
+        return Score(float(nats.sum()), int(nats.numel()), float(torch.tensor(mean).exp()), name, reason)
+
+    def generate(
+        self,
+        text: str | Tensor,
+        expert: str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generation:
+        """Continue a text with the routed expert, or with `expert`; temperature 0 takes the most probable token.
+
+        Raises MoqeError for an empty text or an unknown expert.
+        """
+        ids = self._ids(text)
+        name, reason = self._choose(ids, expert)
+        new = self.runtime(name).generate(
+            ids[None], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=self._shared.stop_tokens
+        )
+        return Generation(self.tokenizer.decode(new, skip_special_tokens=True), new, name, reason)
+
+    def runtime(self, expert: str) -> ReferenceRuntime:
+        """The runtime of one expert, loaded and verified on first use. Raises MoqeError on an unknown name."""
+        if expert not in self._runtimes:
+            files = open_expert(self._verified(expert))
+            self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert)
+        return self._runtimes[expert]
+
+    def _choose(self, ids: Tensor, expert: str | None) -> tuple[str, str]:
+        if expert is not None:
+            return expert, "pinned"
+        decision = self.route(ids)
+        return decision.expert, decision.reason
+
+    def _ids(self, text: str | Tensor) -> Tensor:
+        ids = torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64) if isinstance(text, str) else text
+        if ids.numel() == 0:
+            raise MoqeError("the text is empty: give at least one token to route on")
+        return ids

@@ -1,0 +1,102 @@
+"""A loaded mixture: what all tasks have in common. A task's own verbs are in its subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moqe.errors import MoqeError, did_you_mean
+from moqe.folder import MixtureFolder
+from moqe.mixture.manifest import read_manifest, verify_files, within
+from moqe.progress import Progress, Silent
+from moqe.recipe import Recipe, load_recipe
+from moqe.router import Features, load_router
+from moqe.router.router import Router
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where the router sends an input, and why.
+
+    costs: the predicted cost of every expert, lower is better, in `unit`: `nats` are predicted losses per token
+    (relative to the experts' mean), `logit` are negative logits, whose differences only rank.
+    """
+
+    expert: str
+    costs: Mapping[str, float]
+    unit: str
+    protocol: str
+    reason: str
+
+
+class Mixture:
+    """A loaded mixture; `progress` shows files being verified.
+
+    Opening reads the manifest and what all experts share. An expert's weights are read when it is first used, and its
+    files are then compared with the digests in the manifest.
+    Raises CheckpointError when the folder is half-built, damaged or no mixture.
+    """
+
+    def __init__(self, folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> None:
+        self.folder = MixtureFolder(Path(folder))
+        self.manifest = read_manifest(self.folder)
+        self._progress = progress or Silent()
+        verify_files(within(self.folder.shared, self.manifest["shared"]), self._progress)
+        self.recipe: Recipe = load_recipe(self.folder.recipe)
+        self.device = device
+        self.experts: tuple[str, ...] = tuple(self.manifest["experts"])
+        self.protocol: str = self.manifest["protocols"][0]
+        self._routers: dict[str, Router] = {}
+
+    def route(self, sample: Any, protocol: str | None = None) -> Decision:
+        """Choose an expert for an input."""
+        raise NotImplementedError
+
+    def score(self, text: Any, expert: str | None = None) -> Any:
+        """Loss of a text; language mixtures only. Raises MoqeError for others."""
+        self._lacks("score")
+
+    def generate(
+        self,
+        text: Any,
+        expert: str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Any:
+        """Continue a text; language mixtures only. Raises MoqeError for others."""
+        self._lacks("generate")
+
+    def classify(self, image: Any, expert: str | None = None) -> Any:
+        """Name what an image shows; image mixtures only. Raises MoqeError for others."""
+        self._lacks("classify")
+
+    def _lacks(self, verb: str) -> NoReturn:
+        raise MoqeError(f"{self.folder.path} is a mixture for {self.manifest['task']}: it has no {verb}")
+
+    def _decide(self, features: Features, protocol: str | None, seen: str) -> Decision:
+        """The router's decision on the one sample that `features` show; `seen` says of what, for people."""
+        name = protocol or self.protocol
+        if name not in self.manifest["protocols"]:
+            raise MoqeError(f"no router for protocol {name!r}; {did_you_mean(name, self.manifest['protocols'])}")
+        if name not in self._routers:
+            self._routers[name] = load_router(self.folder.router(name) / "mixture")
+        router = self._routers[name]
+        costs = router.predict(features)[0]
+        return Decision(
+            self.experts[int(costs.argmin())],
+            {expert: float(cost) for expert, cost in zip(self.experts, costs, strict=True)},
+            router.unit,
+            name,
+            f"lowest predicted cost of {len(self.experts)} by {router.name}, seeing {seen}",
+        )
+
+    def _verified(self, expert: str) -> Path:
+        """The folder of an expert, its files compared with their digests. Raises MoqeError on an unknown name."""
+        if expert not in self.experts:
+            raise MoqeError(f"no expert {expert!r} in {self.folder.path}; {did_you_mean(expert, self.experts)}")
+        folder = self.folder.expert(expert)
+        verify_files(within(folder, self.manifest["experts"][expert]["files"]), self._progress)
+        return folder
