@@ -20,7 +20,7 @@ from moqe.router.router import Unit
 
 @dataclass(frozen=True)
 class Constant:
-    """The same costs for every sample: the experts' mean losses relative to their mean, (experts,), nats per token."""
+    """The same costs for every sample: the experts' mean losses relative to their mean, (experts,)."""
 
     costs: Tensor
     kind: ClassVar[str] = "constant"
@@ -103,4 +103,5 @@ class Uniform:
 
 def fit_constant(examples: RoutingExamples) -> Constant:
     """The constant router that is best on the given examples."""
-    return Constant(examples.centred.mean(0).float())
+    losses = examples.deciding.double()
+    return Constant((losses - losses.mean(1, keepdim=True)).mean(0).float())

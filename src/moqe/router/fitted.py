@@ -47,7 +47,8 @@ class FittedRouter:
     def to_json(self) -> dict[str, Any]:
         """How it came about, for files and reports: `chosen`, `unit`, `candidates`, `history` and `guard`.
 
-        Losses and gains are nats per token; an infinite standard error, of one document, is null.
+        Losses and gains are in what judges (see `RoutingExamples`). An infinite standard error, of one document, is
+        null.
         """
         return {
             "chosen": self.chosen,

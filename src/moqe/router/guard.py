@@ -41,7 +41,7 @@ class GuardDecision:
     """What the guard saw and decided.
 
     kept: whether the router stays. margin: in the router's unit. gain: mean loss of the fallback minus that of the
-    router with this margin, nats per token, with its standard error by document. switched: share of samples that it
+    router with this margin, in what judges, with its standard error by document. switched: share of samples that it
     sends to another expert.
     """
 
@@ -82,8 +82,8 @@ class GuardedRouter:
 def decide(costs: Tensor, losses: Tensor, document: Sequence[str], fallback: int) -> GuardDecision:
     """Choose the margin and whether to keep the router.
 
-    costs: predicted, (n, experts), by a router that was not fitted to these samples. losses: nats per token,
-    (n, experts). document: n ids.
+    costs: predicted, (n, experts), by a router that was not fitted to these samples. losses: what choices
+    are judged by, (n, experts). document: n ids.
     """
     costs, losses = costs.double().cpu(), losses.double().cpu()
     lowest, chosen = costs.min(1)
@@ -124,6 +124,6 @@ def apply_guard(router: Router, decision: GuardDecision, validation: RoutingExam
 def guard(router: Router, validation: RoutingExamples) -> tuple[GuardedRouter | Constant, GuardDecision]:
     """Decide on `validation`, which the router was not fitted to, and return what is left with the decision."""
     decision = decide(
-        router.predict(validation.features), validation.losses, validation.document, validation.best_single
+        router.predict(validation.features), validation.deciding, validation.document, validation.best_single
     )
     return apply_guard(router, decision, validation), decision

@@ -191,7 +191,7 @@ def fit_tuned(
     if not options.guard:
         free = UnseenChoices(rows, choose(unseen[chosen]))
         return FittedRouter(router, router, chosen, tuple(judged), (), None, free)
-    decision = decide(unseen[chosen], pool.losses, pool.document, fallback)
+    decision = decide(unseen[chosen], pool.deciding, pool.document, fallback)
     held = UnseenChoices(rows, guarded_choice(unseen[chosen], decision))
     return FittedRouter(apply_guard(router, decision, validation), router, chosen, tuple(judged), (), decision, held)
 

@@ -35,7 +35,8 @@ Fit = Callable[[RoutingExamples, RoutingExamples], Router]  # (train, validation
 class Candidate:
     """How one way to fit a router, one of `compared` that had their chance, did on samples it had not seen.
 
-    loss: nats per token of its choices. gain: that of the best single expert minus `loss`, sample by sample.
+    loss: of its choices, in what judges (see `RoutingExamples`). gain: that of the best single expert minus `loss`,
+    sample by sample.
     """
 
     name: str
@@ -102,7 +103,7 @@ def predict_unseen(fit: Fit, examples: RoutingExamples, fold: Tensor, fold_done:
 
 def judge(name: str, costs: Tensor, examples: RoutingExamples, best_single: int, compared: int = 1) -> Candidate:
     """How the choices by predicted costs, (n, experts), compare with always taking `best_single`."""
-    losses = examples.losses.double().cpu()
+    losses = examples.deciding.double().cpu()
     realised = realised_losses(losses, choose(costs))
     return Candidate(
         name, float(realised.mean()), clustered_mean(losses[:, best_single] - realised, examples.document), compared

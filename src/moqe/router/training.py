@@ -53,7 +53,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Means over one epoch's training batches, and nats per token of the choices on validation after it."""
+    """Means over one epoch's training batches, and of what judges, over the choices on validation after it."""
 
     objective: float
     validation_loss: float
@@ -117,7 +117,7 @@ def _train(
             total += _step(network, gate, optimizer, train, targets, rows, annealing, options)
             schedule.step()
         router = _router(network, gate, options, spread, name)
-        loss = float(realised_losses(validation.losses.double(), choose(router.predict(validation.features))).mean())
+        loss = float(realised_losses(validation.deciding.double(), choose(router.predict(validation.features))).mean())
         history.append(Epoch(total / len(train), loss))
         if loss <= best_loss:
             best, best_loss, since_best = _frozen(router), loss, 0
