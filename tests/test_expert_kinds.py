@@ -15,11 +15,15 @@ import moqe
 from moqe.errors import UnsupportedLayer
 from moqe.folder import MixtureFolder
 from moqe.formats import CompressedTensorsWriter, open_expert
+from moqe.formats.expert_files import ExpertWriter
+from moqe.models.calibration import CalibratedBlock
 from moqe.progress import Silent
 from moqe.quantized import IntegerTensor
-from moqe.recipe import parse_recipe
+from moqe.recipe import Expert, parse_recipe
+from moqe.runtimes.reference import install, share
 from moqe.store import read_json
 from moqe.tasks import LanguageTask
+from moqe.tasks.expert_maker import ExpertMaker
 
 Content = dict[str, Any]
 LAST = "model.layers.1.mlp.down_proj.weight"
@@ -69,6 +73,37 @@ def test_a_sequential_expert_sees_its_own_prefix_and_resumes(recipe_content: Con
     assert torch.equal(weights(place, "own"), weights(other, "own"))
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+def test_a_sequential_prefix_runs_as_the_expert_does(
+    scheme: str, recipe_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the second block was calibrated on is what the finished expert's first block makes of the same windows."""
+    seen: list[torch.Tensor] = []
+    observed = ExpertMaker._make
+
+    def keep(self: ExpertMaker, expert: Expert, writer: ExpertWriter, block: CalibratedBlock) -> None:
+        if block.index == 1:
+            parts = block.statistics["self_attn.q_proj"].values()
+            seen.append(torch.stack([part.absmax for part in parts]).amax(0))
+        observed(self, expert, writer, block)
+
+    monkeypatch.setattr(ExpertMaker, "_make", keep)
+    expert = {"name": "own", "method": "gptq", "scheme": scheme, "sequential": True}
+    recipe_content["experts"] = [expert | ({"group_size": 64} if scheme == "w4a8" else {})]
+    task = LanguageTask(parse_recipe(recipe_content), tmp_path)
+    task.make_experts(Silent())
+
+    model: Any = share(task.decoder.full())
+    install(model, open_expert(MixtureFolder(tmp_path).expert("own")), "own")
+    inputs: list[torch.Tensor] = []
+    second = model.model.layers[1].self_attn.q_proj
+    second.register_forward_pre_hook(lambda _, given: inputs.append(given[0]), prepend=True)  # before it is rounded
+    with torch.no_grad():
+        model(task.splits()["calibration"].tokens)
+    torch.testing.assert_close(seen[0], inputs[0].flatten(0, 1).abs().amax(0), rtol=1e-3, atol=1e-3)
+    assert not task.decoder._blocks[0].self_attn.q_proj._forward_pre_hooks  # the base model's block is itself again
+
+
 def interrupted(content: Content, experts: list[Content], folder: Path) -> None:
     """Make experts until the first block of the sequential one is written."""
     write = CompressedTensorsWriter.write
@@ -86,7 +121,7 @@ def interrupted(content: Content, experts: list[Content], folder: Path) -> None:
 def test_calibration_weights_choose_domains(recipe_content: Content, tmp_path: Path) -> None:
     only = {"code": 1.0, "prose": 0.0, "numbers": 0.0}
     place = make(recipe_content, [gptq("all"), gptq("coder", calibration=only)], tmp_path)
-    tokens = [read_json(place.certificate(name))["layers"][0]["tokens"] for name in ("all", "coder")]
+    tokens = [read_json(place.certificate(name))["layers"][0]["seen"] for name in ("all", "coder")]
     assert tokens[1] == pytest.approx(tokens[0] / 3)
     assert not torch.equal(weights(place, "all"), weights(place, "coder"))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moqe.data.samples import TextSamples
 from moqe.errors import DataError, NumericalError
 from moqe.methods.statistics import InputStatistics
-from moqe.models.calibration import CalibratedBlock, Statistics, calibrate
+from moqe.models.calibration import CalibratedBlock, Replace, Statistics, calibrate
 from moqe.models.decoder import Decoder
 from moqe.progress import Advance
 
@@ -108,16 +108,18 @@ def test_changing_a_yielded_block_does_not_reach_the_next(saved: Saved) -> None:
             block.module.get_parameter("mlp.down_proj.weight").zero_()
 
 
-def halve(index: int, block: nn.Module) -> None:
+@contextmanager
+def halve(index: int, block: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         block.get_parameter("mlp.down_proj.weight").mul_(0.5)
+    yield
 
 
 def test_replaced_blocks_make_the_next_inputs(saved: Saved, tmp_path: Path) -> None:
     samples, decoder = windows(), Decoder.open(str(saved("llama")))
     model = decoder.full()
-    halve(0, model.get_submodule("model.layers.0"))
-    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with halve(0, model.get_submodule("model.layers.0")):
+        model.save_pretrained(tmp_path)  # type: ignore[operator]
     expected = all_statistics(Decoder.open(str(tmp_path)), samples)[1]
     untouched = all_statistics(decoder, samples)[0]
     for start in (0, 1):
@@ -146,7 +148,7 @@ class Counting:
 
 
 @pytest.mark.parametrize(("start", "replace"), [(0, None), (1, None), (0, halve), (1, halve)])
-def test_progress_ends_at_its_total(saved: Saved, start: int, replace: Callable[[int, nn.Module], None] | None) -> None:
+def test_progress_ends_at_its_total(saved: Saved, start: int, replace: Replace | None) -> None:
     progress = Counting()
     decoder = Decoder.open(str(saved("llama")))
     for _ in calibrate(decoder, windows(), start_block=start, replace=replace, progress=progress):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moqe.errors import CheckpointError, DataError, ModelError, NumericalError
+from moqe.models.activations import quantize_activations
 from moqe.quantized import IntegerTensor, Quantized
 from moqe.runtimes import reference
-from moqe.runtimes.activations import quantize_activations
 from moqe.runtimes.reference import ReferenceRuntime
 from moqe.schemes import Scheme
 

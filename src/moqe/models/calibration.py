@@ -12,6 +12,7 @@ Memory: windows x window x hidden floats, one block, and in^2 floats per group a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ BATCH_SIZE = 8
 _PROBE_TOKENS = 16
 _PROBE_SEED = 1
 
-Replace = Callable[[int, nn.Module], None]
+Replace = Callable[[int, nn.Module], AbstractContextManager[None]]
 Statistics = Mapping[str, Mapping[str, InputStatistics]]
 _Batches = Mapping[str, Sequence[Tensor]]
 
@@ -64,8 +65,9 @@ def calibrate(
 
     Blocks before `start_block` are run but not observed, which is how an interrupted build resumes; `batch_size` must
     then be the same. Inputs are those of the full-precision model, unless `replace` is given (`sequential: true`):
-    it is called with every block but the last after its consumer is done, may change the block's weights in place, and
-    the changed block makes the next block's inputs, at the price of a second run of each observed block.
+    it is called with every block but the last after its consumer is done; in the context it returns the block may have
+    other weights and hooks, and the changed block makes the next block's inputs, at the price of a second run of each
+    observed block.
 
     Raises DataError for no samples, NumericalError when activations are not finite, and what `Decoder.load_block` and
     `find_groups` raise.
@@ -91,11 +93,10 @@ def calibrate(
                     groups = find_groups(block, probe, probe_inputs[index], name)
                     statistics = step.observe(hidden, batches, groups, keep=replace is None)
                     yield CalibratedBlock(index, name, block, groups, statistics)
-                if replace is not None and not last:
-                    replace(index, block)
                 if not last and (replace is not None or not observed):
-                    for parts in batches.values():
-                        step.run(hidden, parts, keep=True)
+                    with nullcontext() if replace is None else replace(index, block):
+                        for parts in batches.values():
+                            step.run(hidden, parts, keep=True)
             finally:
                 decoder.release_block(index)
 

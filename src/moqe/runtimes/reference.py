@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from moqe.errors import CheckpointError, DataError, ModelError, NumericalError
 from moqe.formats.expert_files import ExpertFiles
 from moqe.formats.safetensors_folder import in_block
-from moqe.runtimes.activations import quantize_activations
+from moqe.models.activations import quantize_inputs
 
 _LOGIT_ELEMENTS = 1 << 24  # logits held at once while scoring: 64 MiB of float32
 
@@ -206,8 +205,7 @@ def install(model: nn.Module, expert: ExpertFiles, expert_name: str) -> None:
         _assign(modules, name, replaced[id(old)])
         bits = expert.activation_bits(name)
         if bits < 16:
-            owner = modules[name.rpartition(".")[0]]
-            owner.register_forward_pre_hook(partial(_quantize_input, bits))
+            quantize_inputs(modules[name.rpartition(".")[0]], bits)
     # A tied tensor has several names and the expert gives it one: the others follow.
     for name in set(parameters) - set(names):
         if id(parameters[name]) in replaced:
@@ -233,7 +231,3 @@ def _equal(parameter: Tensor, stored: Tensor) -> bool:
     """Whether a stored tensor has the parameter's values, compared in slices so that no large copy is made."""
     pairs = zip(torch.split(parameter.detach(), 4096), torch.split(stored, 4096), strict=True)
     return all(torch.equal(ours, theirs.to(ours.device, ours.dtype)) for ours, theirs in pairs)
-
-
-def _quantize_input(bits: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (quantize_activations(inputs[0], bits), *inputs[1:])

@@ -8,7 +8,8 @@ inputs that its own quantized prefix produces; it costs a pass of its own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,13 +27,14 @@ from moqe.formats.safetensors_folder import save_tensors
 from moqe.methods import METHODS
 from moqe.methods.block import quantize_block
 from moqe.methods.certificate import LayerRecord, certify
+from moqe.models.activations import quantize_inputs
 from moqe.models.calibration import CalibratedBlock, calibrate
 from moqe.models.decoder import Decoder
 from moqe.models.skeleton import assign
 from moqe.models.weights import resolve_base
 from moqe.progress import Progress
 from moqe.recipe import Expert, Recipe
-from moqe.schemes import Scheme
+from moqe.schemes import Scheme, scheme
 from moqe.store import digest_files, link, read_json, write_json
 
 log = logging.getLogger("moqe")
@@ -128,10 +130,25 @@ class ExpertMaker:
     def _replacement(self, expert: Expert, block: int) -> Path:
         return self.folder.work / "sequential" / expert.name / f"block-{block:05d}.safetensors"
 
-    def _replace(self, expert: Expert, index: int, block: nn.Module) -> None:
-        """Put an expert's dequantized weights into a block, so that the next block sees what they produce."""
+    @contextmanager
+    def _replace(self, expert: Expert, index: int, block: nn.Module) -> Iterator[None]:
+        """Let a block run as the expert's, inside the context, so that the next block sees what that produces.
+
+        It has the expert's dequantized weights, and its linears round their inputs where the scheme says so.
+        """
         for name, tensor in load_file(self._replacement(expert, index)).items():
             assign(block, name, tensor.to(self.decoder.device, self.decoder.dtype))
+        hooks = []
+        for layer in read_json(self._record(expert, index))["layers"]:
+            bits = scheme(layer["scheme_used"]).activation_bits if layer["scheme_used"] else 16
+            if bits < 16:
+                linear = layer["name"].removeprefix(f"{self.decoder.block_names[index]}.").removesuffix(".weight")
+                hooks.append(quantize_inputs(block.get_submodule(linear), bits))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _adopt(self, expert: Expert, progress: Progress) -> None:
         """Take an existing checkpoint into the mixture: link its files after checking that it belongs to the base.

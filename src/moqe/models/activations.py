@@ -7,8 +7,11 @@ get a tiny scale. vLLM's CUDA kernels divide by 127 instead; the two differ by 0
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 def quantize_activations(inputs: Tensor, bits: int) -> Tensor:
@@ -17,3 +20,12 @@ def quantize_activations(inputs: Tensor, bits: int) -> Tensor:
     scale = inputs.abs().amax(-1, keepdim=True) / (half - 0.5)
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
     return torch.clamp(inputs / scale, -half, half - 1).round() * scale
+
+
+def quantize_inputs(linear: nn.Module, bits: int) -> RemovableHandle:
+    """Make a linear round its inputs to `bits` bits, as `quantize_activations` does, until the handle is removed."""
+    return linear.register_forward_pre_hook(partial(_rounded, bits))
+
+
+def _rounded(bits: int, _linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (quantize_activations(inputs[0], bits), *inputs[1:])
