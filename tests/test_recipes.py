@@ -1,4 +1,4 @@
-"""The paper's recipes: each parses, its experts exist, and a dry run works on a model of that architecture and size."""
+"""The paper's language recipes: each parses, its experts exist, and a dry run works on a model of that architecture and size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 import moqe
 from moqe.methods import check
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "language").glob("*.yaml"))
 
 
 def qwen3(hidden: int, intermediate: int, layers: int, heads: int) -> Qwen3Config:
