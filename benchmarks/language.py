@@ -31,9 +31,9 @@ from rich.console import Console
 from benchmarks.tables import table, write_section
 from moqe.cli import Bars
 from moqe.data.protocols import WHOLE
-from moqe.evaluate import BASE, LossTable, LossTableFile, ProtocolVerdict, intervals, read_losses
+from moqe.evaluate import BASE, LossTable, LossTableFile, ProtocolVerdict, intervals, judge, read_losses
 from moqe.evaluate.format import number, percent, share_interval, signed_interval, size
-from moqe.evaluate.routing import fit_routers, judge_routers
+from moqe.evaluate.routing import RoutingData, answer, fit_routers
 from moqe.recipe import Recipe, parse_recipe
 from moqe.store import read_json, write_json
 from moqe.tasks import LanguageTask
@@ -341,21 +341,22 @@ table asks four questions (two routers, two protocols); one interval in twenty m
             }
             started = time.perf_counter()
             fitted = fit_routers(
-                (tables["router_train"], task.features("router_train", protocol)),
-                (tables["router_validation"], task.features("router_validation", protocol)),
+                *(RoutingData(tables[split], tables[split], task.features(split, protocol)) for split in ROUTER_SPLITS),
                 recipe.router,
                 task.modality,
                 recipe.seed,
                 bars,
             )
+            test = {task.metric: tables["test"]}
+            answers = answer(test, task.features("test", protocol), fitted.routers)
             verdicts.append(
-                judge_routers(
-                    {task.metric: tables["test"]},
+                judge(
+                    test,
                     tables["router_validation"],
-                    task.features("test", protocol),
-                    fitted.routers,
+                    answers.outcomes,
                     recipe.seed,
                     recipe.bootstrap_samples,
+                    predicted=answers.predicted,
                 )
             )
             clock.note(f"routers {title} {protocol} seconds", round(time.perf_counter() - started, 1))

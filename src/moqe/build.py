@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,24 +21,18 @@ from typing import Any
 import torch
 
 from moqe.errors import RecipeChanged
-from moqe.evaluate import BASE, LossTableFile, read_losses
-from moqe.evaluate.publish import publish
-from moqe.evaluate.routing import JUDGING_STEPS, ROUTERS, fit_routers, judge_routers
-from moqe.evaluate.verdict import ExpertSummary, Verdict, read_verdict, write_verdict
+from moqe.evaluate.verdict import Verdict, read_verdict
 from moqe.folder import MixtureFolder
+from moqe.measure import ROUTER_SPLITS, judge_mixture, measured, score, train_routers
 from moqe.mixture import FORMAT_VERSION, read_manifest, verify_mixture
 from moqe.models.estimate import Estimate
 from moqe.progress import Progress, Silent
-from moqe.recipe import Expert, Recipe, dump_recipe, load_recipe
-from moqe.router import load_router, save_router
-from moqe.store import digest_files, disk_bytes, locked, read_json, require_room, write_json, write_text
-from moqe.tasks import TASKS, ExpertFacts, Task
+from moqe.recipe import Recipe, dump_recipe, load_recipe
+from moqe.store import digest_files, locked, read_json, require_room, write_json, write_text
+from moqe.tasks import TASKS, Task
 from moqe.version import __version__
 
 log = logging.getLogger("moqe")
-
-ROUTER_SPLITS = ("router_train", "router_validation")
-CHUNK_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -132,11 +126,11 @@ def build(
             with timings.step("experts"):
                 task.make_experts(shown)
             with timings.step("losses"):
-                _score(task, parsed, place, ROUTER_SPLITS, shown)
+                score(task, parsed, place, ROUTER_SPLITS, shown)
             with timings.step("routers"):
-                _train(task, parsed, place, shown)
+                train_routers(task, parsed, place, shown)
             with timings.step("verdict"):
-                _judge(task, parsed, place, shown)
+                judge_mixture(task, parsed, place, shown)
             _finish(place, parsed, task, identity, shown)
         shutil.rmtree(place.work, ignore_errors=True)
     return BuildResult(place.path, parsed.hash, read_verdict(place.verdict), timings.seconds, timings.peak_bytes)
@@ -171,9 +165,9 @@ def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | No
         task = TASKS[recipe.task](recipe, place.path, device)
         _compare_identity(place, task.identity(shown), manifest["identity"])
         verify_mixture(place, manifest, shown)
-        if not place.losses.exists():
-            _score(task, recipe, place, ROUTER_SPLITS, shown)
-        _judge(task, recipe, place, shown)
+        if not measured(task, place):
+            score(task, recipe, place, ROUTER_SPLITS, shown)
+        judge_mixture(task, recipe, place, shown)
         shutil.rmtree(place.work, ignore_errors=True)
     return read_verdict(place.verdict)
 
@@ -230,94 +224,6 @@ def _compare_identity(place: MixtureFolder, now: Mapping[str, str], before: Mapp
             f"{place.path} was begun with other inputs than are there now ({'; '.join(changed)}): "
             "bring them back, or delete the folder and build again"
         )
-
-
-def _table(task: Task, recipe: Recipe, place: MixtureFolder, splits: Sequence[str]) -> LossTableFile:
-    names = [BASE, *(expert.name for expert in recipe.experts)]
-    described = {split: task.describe(split) for split in splits}
-    return LossTableFile(place.work / "losses", names, described, task.metrics, task.runtime_name, CHUNK_SAMPLES)
-
-
-def _score(task: Task, recipe: Recipe, place: MixtureFolder, splits: Sequence[str], progress: Progress) -> None:
-    """Score base and experts on the splits, skipping what is scored already."""
-    table = _table(task, recipe, place, splits)
-    for expert in table.experts:
-        pending = [chunk for split in splits for chunk in table.pending(expert, split)]
-        if not pending:
-            continue
-        with progress.track(f"score {expert}", sum(len(chunk.rows) for chunk in pending)) as advance:
-            for chunk in pending:
-                table.add(chunk, task.losses(expert, chunk.split, chunk.rows))
-                advance(len(chunk.rows))
-
-
-def _train(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress) -> None:
-    """Fit the routers of every protocol. `selection.json` is written last and says that a protocol is done."""
-    table = place.work / "router-losses.parquet"
-    _table(task, recipe, place, ROUTER_SPLITS).merge(table)
-    for protocol in task.protocols:
-        done = place.router(protocol) / "selection.json"
-        if done.exists():
-            continue
-        train, validation = (
-            (read_losses(table, split, protocol, task.router_metric), task.features(split, protocol))
-            for split in ROUTER_SPLITS
-        )
-        fitted = fit_routers(train, validation, recipe.router, task.modality, recipe.seed, progress)
-        for name, router in fitted.routers.items():
-            save_router(router, place.router(protocol) / name)
-        write_json(done, dict(fitted.selection))
-
-
-def _judge(task: Task, recipe: Recipe, place: MixtureFolder, progress: Progress) -> None:
-    """Score the test samples where that is not done, judge every protocol, write verdict, report and card."""
-    if not place.losses.exists():
-        _score(task, recipe, place, ("test",), progress)
-        _table(task, recipe, place, (*ROUTER_SPLITS, "test")).merge(place.losses)
-    with progress.track("judge", len(task.protocols) * JUDGING_STEPS) as advance:
-        protocols = {
-            protocol: judge_routers(
-                {metric: read_losses(place.losses, "test", protocol, metric) for metric in task.metrics},
-                read_losses(place.losses, "router_validation", protocol, task.metric),
-                task.features("test", protocol),
-                {name: load_router(place.router(protocol) / name) for name in ROUTERS},
-                recipe.seed,
-                recipe.bootstrap_samples,
-                advance=advance,
-            )
-            for protocol in task.protocols
-        }
-    facts = task.facts()
-    verdict = Verdict(
-        recipe.hash,
-        task.metric,
-        task.protocols[0],
-        protocols,
-        {expert.name: _summary(expert, facts[expert.name]) for expert in recipe.experts},
-        facts[BASE].bytes_on_disk,
-        disk_bytes(place.path / "experts") + disk_bytes(place.shared) - _linked_twice(place),
-        recipe.seed,
-        recipe.bootstrap_samples,
-    )
-    write_verdict(place.verdict, verdict)
-    publish(place, verdict, recipe)
-
-
-def _summary(expert: Expert, facts: ExpertFacts) -> ExpertSummary:
-    certificate = facts.certificate
-    return ExpertSummary(
-        expert.method or "checkpoint",
-        expert.scheme or "as stored",
-        facts.bytes_on_disk,
-        float(certificate.get("substituted_share", 0.0)),
-        certificate.get("bits_per_weight"),
-    )
-
-
-def _linked_twice(place: MixtureFolder) -> int:
-    """Bytes of shared files that experts link to, which a sum over both folders would count twice."""
-    inodes = {path.stat().st_ino for path in (place.path / "experts").rglob("*") if path.is_file()}
-    return sum(path.stat().st_size for path in place.shared.rglob("*") if path.stat().st_ino in inodes)
 
 
 def _finish(place: MixtureFolder, recipe: Recipe, task: Task, identity: Mapping[str, str], progress: Progress) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
+from moqe.data.classification import CLASS_METRICS, score_classes
 from moqe.evaluate import judge
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.outcome import routed
+from moqe.evaluate.predictions import Predictions
 from moqe.evaluate.verdict import ProtocolVerdict
 
 
@@ -88,6 +92,64 @@ def make_domain_choice(table: LossTable) -> np.ndarray:
     return np.asarray([labels.index(name) % len(table.experts) for name in table.domain], np.int64)
 
 
+@dataclass(frozen=True)
+class Images:
+    """A test set of classified images: tables by metric, predictions, names of classes."""
+
+    tables: dict[str, LossTable]
+    predictions: Predictions
+    classes: tuple[str, ...]
+
+    def select(self, rows: np.ndarray) -> Images:
+        tables = {name: table.select(rows) for name, table in self.tables.items()}
+        return Images(tables, self.predictions.select(rows), self.classes)
+
+
+def images_of(logits: np.ndarray, base: np.ndarray, label: Sequence[int], experts: Sequence[str]) -> Images:
+    """What experts' logits, (n, experts, classes), and the base model's, (n, classes), are worth."""
+    n, _, classes = logits.shape
+    labels = torch.as_tensor(label)
+    scored = [score_classes(torch.as_tensor(logits[:, e]), labels) for e in range(len(experts))]
+    of_base = score_classes(torch.as_tensor(base), labels)
+    names = tuple(f"class {i}" for i in range(classes))
+    tables = {}
+    for metric in CLASS_METRICS:
+        loss = np.stack([one.losses["whole"][metric].loss_sum for one in scored], 1)
+        nothing = np.zeros(loss.shape)
+        tables[metric] = LossTable(
+            protocol="whole",
+            runtime="reference",
+            metric=metric,
+            experts=tuple(experts),
+            loss=loss,
+            base=of_base.losses["whole"][metric].loss_sum,
+            halves=np.stack([nothing, loss], -1),
+            count=np.ones(n),
+            count_halves=np.stack([np.zeros(n), np.ones(n)], -1),
+            text_bytes=np.zeros(n),
+            sample=np.arange(n),
+            document=np.asarray([f"image-{i:05d}" for i in range(n)]),
+            domain=np.asarray([names[i] for i in label]),
+        )
+    found = [one.log_probabilities for one in (*scored, of_base)]
+    predictions = Predictions(tuple(experts), labels.numpy(), np.stack(found[:-1], 1), found[-1])
+    return Images(tables, predictions, names)
+
+
+def make_images(
+    seed: int, n: int = 300, classes: int = 6, experts: Sequence[str] = ("qat", "brecq", "dsconv"), signal: float = 1.5
+) -> Images:
+    """Expert e knows the classes e, e + experts, ... better than the others; the base model knows all well."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, classes, n)
+    truth = np.eye(classes)[label]
+    noise = rng.normal(0, 1, (n, 1, classes)) + rng.normal(0, 0.6, (n, len(experts), classes))
+    strength = 2.0 + signal * (label[:, None] % len(experts) == np.arange(len(experts))[None, :])
+    logits = 1.2 * (strength[:, :, None] * truth[:, None, :] + noise)
+    base = 1.2 * ((2.5 + signal) * truth + noise[:, 0])
+    return images_of(logits, base, label.tolist(), experts)
+
+
 def judge_choices(
     test: LossTable,
     validation: LossTable,
@@ -120,3 +182,13 @@ def domain_choice() -> Callable[[LossTable], np.ndarray]:
 @pytest.fixture
 def judged() -> Callable[..., ProtocolVerdict]:
     return judge_choices
+
+
+@pytest.fixture
+def scored_images() -> Callable[..., Images]:
+    return images_of
+
+
+@pytest.fixture
+def simulated_images() -> Callable[..., Images]:
+    return make_images

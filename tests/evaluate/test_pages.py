@@ -12,12 +12,14 @@ from moqe.evaluate import read_verdict, write_verdict
 from moqe.evaluate.card import render_card
 from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
 from moqe.evaluate.loss_table import LossTable
+from moqe.evaluate.metrics import METRICS
 from moqe.evaluate.plots import curve_plot, difference_plot, share_plot
 from moqe.evaluate.report import render_report
 from moqe.evaluate.terminal import inspection_table, plan_table, verdict_renderable
 from moqe.evaluate.verdict import ExpertSummary, ProtocolVerdict, Verdict
 
 HOSTILE = "<script>alert('x')</script> & | `co`\n$de$ --"
+NATS = METRICS["nats_per_token"]
 CONTEXT = ReportContext(
     base="somebody/model",
     recipe_yaml="base: somebody/model\nexperts: []\n",
@@ -118,7 +120,7 @@ def test_pages_are_equal_byte_for_byte_and_from_disk(make_verdict: Callable[...,
 def test_plots_carry_no_fixed_colours_so_that_dark_pages_can_set_them(make_verdict: Callable[..., Verdict]) -> None:
     found = make_verdict().headline
     assert found.curve is not None
-    for plot in (difference_plot(found), share_plot(found), curve_plot(found, found.curve, "nats per token")):
+    for plot in (difference_plot(found, NATS), share_plot(found, NATS), curve_plot(found, found.curve, NATS)):
         ElementTree.fromstring(plot)
         assert "#0000" not in plot
         assert "var(--" in plot

@@ -13,8 +13,9 @@ from moqe.store import write_text
 
 def render_card(verdict: Verdict, context: ReportContext) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
-    template = environment(html=False).get_template("card.md.jinja")
-    return template.render(verdict=verdict, context=context, metric=METRICS[verdict.metric])
+    metric = METRICS[verdict.metric]
+    template = environment(metric, html=False).get_template("card.md.jinja")
+    return template.render(verdict=verdict, context=context, metric=metric)
 
 
 def write_card(path: Path, verdict: Verdict, context: ReportContext) -> None:

@@ -12,7 +12,7 @@ from moqe.evaluate.contact import ContactSheet
 class CandidateRow:
     """A router that was considered, judged on samples it had not been trained on.
 
-    value: what its choices score in the metric that routers are trained on. gain: over the best single expert, with its
+    value: what its choices score in the metric that the verdict judges. gain: over the best single expert, with its
     standard error; positive is better.
     """
 

@@ -15,6 +15,8 @@ from html import escape
 from typing import Any
 
 from moqe.evaluate import format as write
+from moqe.evaluate.metrics import Metric
+from moqe.evaluate.telling import telling
 from moqe.evaluate.verdict import Curve, ProtocolVerdict
 
 SERIES = 8  # colours that the page defines; experts beyond repeat them, and the table beside says which is which
@@ -38,8 +40,8 @@ STYLE = {
 }
 
 
-def difference_plot(found: ProtocolVerdict) -> str:
-    """Differences to the best single expert with their intervals, one row each; SVG.
+def difference_plot(found: ProtocolVerdict, metric: Metric) -> str:
+    """Differences to the best single expert with their intervals, one row each, as the metric writes them; SVG.
 
     The base model is left out, because its distance would squeeze the rest; a row beyond the scale gets an arrow.
     """
@@ -52,6 +54,7 @@ def difference_plot(found: ProtocolVerdict) -> str:
     ]
     decisive = max([extent for extent, line in zip(reach, rows, strict=True) if line.kind == "mixture"], default=0.0)
     limit = 1.15 * max(min(max(reach), 4 * sorted(reach)[len(reach) // 2]), decisive, 1e-6)
+    what = "Loss differences" if metric.lower_is_better else "Differences in accuracy"
     with _figure(0.9 + 0.27 * len(rows), left=0.30, right=0.86) as (figure, axes):
         for y, line in enumerate(rows):
             d = line.difference
@@ -59,25 +62,39 @@ def difference_plot(found: ProtocolVerdict) -> str:
             colour = ACCENT if line.kind == "mixture" else (MUTED if line.kind in ("no skill", "bound") else INK)
             inside = abs(d.value) <= limit
             if inside and d.low is not None and d.high is not None:
-                axes.plot([d.low, d.high], [y, y], color=colour, linewidth=2, solid_capstyle="round")
+                axes.plot(
+                    [metric.scale * d.low, metric.scale * d.high],
+                    [y, y],
+                    color=colour,
+                    linewidth=2,
+                    solid_capstyle="round",
+                )
             position = d.value if inside else limit * 0.98 * (1 if d.value > 0 else -1)
             marker = "o" if inside else (">" if d.value > 0 else "<")
-            axes.plot([position], [y], marker, color=colour, markersize=7 if line.kind == "mixture" else 5.5)
-            axes.text(1.02, y, write.signed(d.value), transform=axes.get_yaxis_transform(), va="center", color=colour)
+            axes.plot(
+                [metric.scale * position], [y], marker, color=colour, markersize=7 if line.kind == "mixture" else 5.5
+            )
+            written = write.metric_difference(d.value, metric)
+            axes.text(1.02, y, written, transform=axes.get_yaxis_transform(), va="center", color=colour)
         axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_xlim(-limit, limit)
+        axes.set_xlim(-metric.scale * limit, metric.scale * limit)
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.set_yticks(range(len(rows)), [_short(line.name) for line in rows])
         axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(f"difference to {_short(found.best_single)}; the line is zero")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        return _svg(figure, f"difference-{found.protocol}", "Loss differences to the best single expert with intervals")
+        return _svg(figure, f"difference-{found.protocol}", f"{what} to the best single expert with intervals")
 
 
-def share_plot(found: ProtocolVerdict) -> str:
-    """Where the mixture sends the samples of each domain: stacked bars; SVG."""
-    rows = [("all", found.mixture.share), *((row.domain, row.share) for row in found.domains[::-1])]
+def share_plot(found: ProtocolVerdict, metric: Metric) -> str:
+    """Where the mixture sends the samples of each domain, or of the most telling classes: stacked bars; SVG.
+
+    A bar is longer than 100 % where two experts answer together.
+    """
+    shown = telling(found.domains, metric)
+    rows = [("all", found.mixture.share), *((row.domain, row.share) for row in shown[::-1])]
+    longest = max(1.0, *(sum(share.values()) for _, share in rows))
     names = list(found.experts)
     legend_lines = (len(names) + 2) // 3
     with _figure(0.5 + 0.34 * len(rows) + 0.24 * legend_lines, left=0.30, right=0.93) as (figure, axes):
@@ -90,7 +107,7 @@ def share_plot(found: ProtocolVerdict) -> str:
                 )  # fmt: skip
                 start += share[name]
         axes.set_yticks(range(len(rows)), [_short(label) for label, _ in rows])
-        axes.set_xlim(0, 1)
+        axes.set_xlim(0, longest if longest > 1.0001 else 1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -99,23 +116,27 @@ def share_plot(found: ProtocolVerdict) -> str:
         )
         height = figure.get_figheight()
         figure.subplots_adjust(top=1 - (0.1 + 0.24 * legend_lines) / height, bottom=0.3 / height)
-        return _svg(figure, f"share-{found.protocol}", "Share of samples that each expert gets, by domain")
+        return _svg(figure, f"share-{found.protocol}", f"Share of samples that each expert gets, by {metric.group}")
 
 
-def curve_plot(found: ProtocolVerdict, curve: Curve, label: str) -> str:
-    """Mean value when a growing share of samples leaves the best single expert; SVG. `label` names the metric."""
+def curve_plot(found: ProtocolVerdict, curve: Curve, metric: Metric) -> str:
+    """Mean value when a growing share of samples leaves the best single expert; SVG."""
+    what = "Mean loss" if metric.lower_is_better else "Accuracy"
     with _figure(3.2, left=0.17, right=0.97) as (figure, axes):
         share = [100 * value for value in curve.share]
-        axes.plot(share, curve.random, color=MUTED, linewidth=1.5, linestyle=(0, (4, 3)), label="random order")
-        axes.plot(share, curve.oracle, color=MUTED, linewidth=1.5, label="oracle")
-        axes.plot(share, curve.predicted, color=ACCENT, linewidth=2.2, label="router's order")
-        axes.axhline(curve.predicted[0], color=GRID, linewidth=1, zorder=0)
+        predicted, random, oracle = (
+            [metric.scale * value for value in values] for values in (curve.predicted, curve.random, curve.oracle)
+        )
+        axes.plot(share, random, color=MUTED, linewidth=1.5, linestyle=(0, (4, 3)), label="random order")
+        axes.plot(share, oracle, color=MUTED, linewidth=1.5, label="oracle")
+        axes.plot(share, predicted, color=ACCENT, linewidth=2.2, label="router's order")
+        axes.axhline(predicted[0], color=GRID, linewidth=1, zorder=0)
         axes.plot(
-            [100 * curve.deployed_share], [curve.deployed_value], "o", color=ACCENT, markersize=9,
+            [100 * curve.deployed_share], [metric.scale * curve.deployed_value], "o", color=ACCENT, markersize=9,
             markeredgecolor=SURFACE, markeredgewidth=2, label="deployed", zorder=5,
         )  # fmt: skip
         axes.set_xlabel(f"% of samples moved away from {_short(found.best_single)}")
-        axes.set_ylabel(label)
+        axes.set_ylabel(metric.label)
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.locator_params(axis="y", nbins=5)
         axes.tick_params(axis="y", colors=MUTED)
@@ -129,7 +150,7 @@ def curve_plot(found: ProtocolVerdict, curve: Curve, label: str) -> str:
             columnspacing=1.2,
         )
         figure.subplots_adjust(top=0.82)
-        return _svg(figure, f"curve-{found.protocol}", "Mean loss against the share of samples routed away")
+        return _svg(figure, f"curve-{found.protocol}", f"{what} against the share of samples routed away")
 
 
 def _series(index: int) -> str:

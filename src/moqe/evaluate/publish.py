@@ -23,7 +23,7 @@ def publish(place: MixtureFolder, verdict: Verdict, recipe: Recipe, contact: Con
 
     contact: images on which experts disagree, where samples are images.
     """
-    metric = METRICS[verdict.router_metric]
+    metric = METRICS[verdict.metric]
     context = replace(gather(place, recipe, tuple(verdict.protocols), metric), contact=contact)
     write_card(place.card, verdict, context)
     write_report(place.report, verdict, context)
@@ -32,7 +32,7 @@ def publish(place: MixtureFolder, verdict: Verdict, recipe: Recipe, contact: Con
 def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...], metric: Metric) -> ReportContext:
     """What card and report say beside the verdict, read from certificates and from the routers' selection.
 
-    metric: what routers were trained on.
+    metric: what routers were compared by.
     """
     substituted = []
     for expert in recipe.experts:

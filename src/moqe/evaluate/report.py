@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 from markupsafe import Markup
@@ -19,16 +20,22 @@ def render_report(verdict: Verdict, context: ReportContext) -> str:
     metric = METRICS[verdict.metric]
     plots = {
         name: {
-            "difference": Markup(difference_plot(found)),
-            "share": Markup(share_plot(found)),
-            "curve": Markup(curve_plot(found, found.curve, metric.label) if found.curve else ""),
+            "difference": Markup(difference_plot(found, metric)),
+            "share": Markup(share_plot(found, metric)),
+            "curve": Markup(curve_plot(found, found.curve, metric) if found.curve else ""),
         }
         for name, found in verdict.protocols.items()
     }
-    template = environment(html=True).get_template("report.html.jinja")
-    return template.render(verdict=verdict, context=context, metric=metric, plots=plots)
+    pictures = [_address(image.png) for image in context.contact.images] if context.contact else []
+    template = environment(metric, html=True).get_template("report.html.jinja")
+    return template.render(verdict=verdict, context=context, metric=metric, plots=plots, pictures=pictures)
 
 
 def write_report(path: Path, verdict: Verdict, context: ReportContext) -> None:
     """Write the report. Equal inputs give equal bytes."""
     write_text(path, render_report(verdict, context))
+
+
+def _address(png: bytes) -> str:
+    """A picture as an address that holds the picture."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

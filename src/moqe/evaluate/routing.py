@@ -1,55 +1,90 @@
-"""From loss tables to routers, and from routers to a verdict: what a build does once per protocol."""
+"""From loss tables to routers and a policy, and from those to outcomes: what a build does once per protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from moqe.evaluate.judge import MIXTURE, Tables, judge
+from moqe.evaluate.judge import CASCADE, MIXTURE, ROUTE, Tables
 from moqe.evaluate.loss_table import Floats, LossTable
 from moqe.evaluate.metrics import METRICS
-from moqe.evaluate.outcome import Outcome, routed
-from moqe.evaluate.verdict import ProtocolVerdict
+from moqe.evaluate.outcome import Outcome, cascaded, routed
+from moqe.evaluate.predictions import Predictions
 from moqe.progress import Advance, Progress, ignore
 from moqe.recipe import Router as RouterOptions
-from moqe.router import Features, Router, RoutingExamples, choose, fit_baselines, fit_paper, fit_tuned
+from moqe.router import (
+    Cascade,
+    CascadeDecision,
+    Features,
+    FittedRouter,
+    Router,
+    RoutingExamples,
+    choose,
+    fit_baselines,
+    fit_guarded_cascade,
+    fit_paper,
+    fit_tuned,
+)
+from moqe.router.baselines import Constant
 
 UNGUARDED = "unguarded"  # the deployed router before its guard: what the routing curve is drawn from
 SHOWN_BASELINES = ("constant", "linear", "knn")
 ROUTERS = (MIXTURE, UNGUARDED, "paper", "tuned", *SHOWN_BASELINES)
-JUDGING_STEPS = len(ROUTERS) + 1  # that `judge_routers` tells of: every router's predictions, and the resampling
+JUDGING_STEPS = len(ROUTERS)  # that `answer` tells of
+
+
+@dataclass(frozen=True)
+class RoutingData:
+    """What routers are fitted to: samples of one split under one protocol.
+
+    losses: of the metric that routers are trained on. judged: of the metric that the verdict judges. features: what a
+    router sees. predictions: where samples have a true class; a policy that asks several experts is fitted to them.
+    """
+
+    losses: LossTable
+    judged: LossTable
+    features: Features
+    predictions: Predictions | None = None
+
+    @property
+    def examples(self) -> RoutingExamples:
+        """The same as routers take it: costs, lower is better."""
+        judged = None if self.judged.metric == self.losses.metric else _costs(self.judged)
+        return RoutingExamples(self.features, _costs(self.losses), tuple(self.losses.document.tolist()), judged)
 
 
 @dataclass(frozen=True)
 class FittedRouters:
     """The routers of one protocol by name (see ROUTERS), and how they were selected, as JSON values.
 
-    `mixture` is the recipe's preset with its guard; `paper` has none, as in the paper; `tuned` has one.
+    `mixture` is the recipe's preset with its guard; `paper` has none, as in the paper; `tuned` has one. cascade: on top
+    of `mixture`; None where there are no predictions or there is one expert only.
     """
 
     routers: Mapping[str, Router]
     selection: Mapping[str, Any]
+    cascade: CascadeDecision | None
 
 
 def fit_routers(
-    train: tuple[LossTable, Features],
-    validation: tuple[LossTable, Features],
+    train: RoutingData,
+    validation: RoutingData,
     options: RouterOptions,
     modality: str,
     seed: int,
     progress: Progress,
 ) -> FittedRouters:
-    """Fit both presets and the baselines.
+    """Fit both presets, the baselines and the cascade.
 
-    train, validation: losses on the router's documents, and what the router sees of them.
-    Raises DataError when there are too few documents, NumericalError when training diverges.
+    Raises DataError when there are too few documents, NumericalError when training diverges, RecipeError for a cascade
+    of one expert.
     """
-    examples = _examples(*train)
-    unseen = _examples(*validation)
+    examples, unseen = train.examples, validation.examples
     paper = fit_paper(options, examples, unseen, seed, modality, progress)
     tuned = fit_tuned(options, examples, unseen, seed, modality, progress)
     deployed = paper if options.preset == "paper" else tuned
@@ -60,11 +95,28 @@ def fit_routers(
     routers |= {name: baselines[name] for name in SHOWN_BASELINES}
     selection = {
         "deployed": options.preset,
-        "experts": list(train[0].experts),
+        "experts": list(train.losses.experts),
         "paper": paper.to_json(),
         "tuned": tuned.to_json(),
     }
-    return FittedRouters(routers, selection)
+    cascade = None
+    wanted = examples.experts > 1 or options.policy == "cascade"  # of one expert: an error that says so
+    if train.predictions is not None and validation.predictions is not None and wanted:
+        with progress.track("fit the cascade", 1) as advance:
+            cascade = _fit_cascade(train.predictions, validation.predictions, deployed, options.max_cost, seed)
+            advance(1)
+    return FittedRouters(routers, selection, cascade)
+
+
+def _fit_cascade(
+    train: Predictions, validation: Predictions, router: FittedRouter, max_cost: float, seed: int
+) -> CascadeDecision:
+    """A cascade on a router's choices, judged where the router had not seen the sample."""
+    probabilities = torch.from_numpy(np.concatenate([train.probabilities, validation.probabilities]))
+    label = torch.from_numpy(np.concatenate([train.label, validation.label]))
+    choice, known = torch.zeros_like(label), torch.zeros(len(label), dtype=torch.bool)
+    choice[router.unseen.rows], known[router.unseen.rows] = router.unseen.choice, True
+    return fit_guarded_cascade(choice, probabilities, label, max_cost, known, seed)
 
 
 @dataclass(frozen=True)
@@ -78,39 +130,38 @@ class Answers:
     predicted: Floats
 
 
-def answer(tables: Tables, features: Features, routers: Mapping[str, Router], advance: Advance = ignore) -> Answers:
-    """Let routers, which have the names of ROUTERS, choose.
+def answer(
+    tables: Tables,
+    features: Features,
+    routers: Mapping[str, Router],
+    *,
+    predictions: Predictions | None = None,
+    cascade: Cascade | None = None,
+    policy: Literal["route", "cascade"] = "route",
+    runs_first: int | None = None,
+    advance: Advance = ignore,
+) -> Answers:
+    """Let routers, which have the names of ROUTERS, and the policies choose.
 
-    tables: per metric, of the samples that `features` show. advance: told of every router.
+    tables: per metric, of the samples that `features` show. predictions, cascade: of the same samples, and what to do
+    with them; `policy` says which of the policies is the mixture's. runs_first: the expert whose features routers see,
+    if any. advance: told of JUDGING_STEPS steps.
     """
-    costs = {}
+    costs, outcomes = {}, {}
     for name, router in routers.items():
         costs[name] = router.predict(features).cpu()
+        if name != UNGUARDED:
+            choice = choose(costs[name]).numpy().astype(np.int64)
+            outcomes[name] = routed(tables, choice, None if isinstance(router, Constant) else runs_first)
         advance(1)
-    choices = {name: choose(cost).numpy().astype(np.int64) for name, cost in costs.items() if name != UNGUARDED}
-    outcomes = {name: routed(tables, choice) for name, choice in choices.items()}
+    if cascade is not None and predictions is not None:
+        looks = cascade.always_first is None and not isinstance(routers[MIXTURE], Constant)
+        answers = cascade.answer(choose(costs[MIXTURE]), torch.from_numpy(predictions.probabilities))
+        outcomes[ROUTE] = outcomes[MIXTURE]
+        outcomes[CASCADE] = cascaded(tables, predictions, answers, runs_first if looks else None)
+        outcomes[MIXTURE] = outcomes[policy]
     return Answers(outcomes, costs[UNGUARDED].double().numpy())
 
 
-def judge_routers(
-    test: Tables,
-    validation: LossTable,
-    features: Features,
-    routers: Mapping[str, Router],
-    seed: int,
-    bootstrap_samples: int,
-    advance: Advance = ignore,
-) -> ProtocolVerdict:
-    """Judge the routers of one protocol on the test samples; see `judge` for the tables and `answer` for the rest.
-
-    advance: told of JUDGING_STEPS steps.
-    """
-    answers = answer(test, features, routers, advance)
-    verdict = judge(test, validation, answers.outcomes, seed, bootstrap_samples, predicted=answers.predicted)
-    advance(1)
-    return verdict
-
-
-def _examples(table: LossTable, features: Features) -> RoutingExamples:
-    losses = METRICS[table.metric].cost(table.mean)
-    return RoutingExamples(features, torch.from_numpy(losses), tuple(table.document.tolist()))
+def _costs(table: LossTable) -> Tensor:
+    return torch.from_numpy(METRICS[table.metric].cost(table.mean))

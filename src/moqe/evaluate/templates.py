@@ -7,10 +7,15 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moqe.evaluate import format as write
+from moqe.evaluate.metrics import METRICS, Metric
+from moqe.evaluate.telling import omission, telling
 
 
-def environment(*, html: bool) -> Environment:
-    """An environment for this package's templates; with `html` everything inserted is escaped."""
+def environment(metric: Metric, *, html: bool) -> Environment:
+    """An environment for this package's templates; with `html` everything inserted is escaped.
+
+    metric: the judged one, which the filters without a metric's name write.
+    """
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=html,
@@ -21,10 +26,16 @@ def environment(*, html: bool) -> Environment:
     )
     made.filters |= {
         "number": write.number,
-        "signed": write.signed,
-        "bounds": lambda value, digits=4: write.bounds(value.low, value.high, digits),
-        "signed_bounds": write.signed_bounds,
-        "signed_interval": write.signed_interval,
+        "value": lambda value: write.metric_value(value, metric),
+        "value_of": lambda value, name: write.metric_value(value, METRICS[name]),
+        "label_of": lambda name: METRICS[name].label,
+        "bounds": lambda line: write.metric_bounds(line.low, line.high, metric),
+        "difference": lambda value: write.metric_difference(value, metric),
+        "difference_bounds": lambda interval: write.metric_difference_bounds(interval, metric),
+        "difference_interval": lambda interval: write.metric_interval(interval, metric),
+        "cost": write.cost,
+        "telling": lambda rows: telling(rows, metric),
+        "omission": lambda rows: omission(rows, metric),
         "p_value": write.p_value,
         "percent": write.percent,
         "share_interval": write.share_interval,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,10 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from moqe.evaluate import format as write
-from moqe.evaluate.metrics import METRICS
+from moqe.evaluate.metrics import METRICS, Metric
+from moqe.evaluate.telling import omission, telling
 from moqe.evaluate.verdict import Line, ProtocolVerdict, Verdict
 
-STYLES = {"base": "", "expert": "", "mixture": "bold", "router": "", "no skill": "dim", "bound": "dim"}
+STYLES = {"base": "", "expert": "", "mixture": "bold", "policy": "", "router": "", "no skill": "dim", "bound": "dim"}
+
+TOGETHER = (("mixture", "policy"), ("mixture", "router"), ("policy", "router"))  # with no rule between them
 
 
 def verdict_renderable(verdict: Verdict) -> RenderableType:
@@ -23,8 +26,8 @@ def verdict_renderable(verdict: Verdict) -> RenderableType:
     for found in verdict.ordered:
         parts += [
             _main_table(verdict, found),
-            _share_table(found),
-            _domain_table(found),
+            _share_table(found, METRICS[verdict.metric]),
+            _domain_table(found, METRICS[verdict.metric]),
             Text(_notes(found)),
             Text(found.sentence, style="bold green" if found.wins else "bold"),
             Text(),
@@ -98,37 +101,63 @@ def _table(title: str) -> Table:
 
 def _main_table(verdict: Verdict, found: ProtocolVerdict) -> Table:
     metric = METRICS[verdict.metric]
-    units = "tokens" if metric.is_nats else "images"
     table = _table(
-        f"{found.protocol}: {found.n_samples:,} samples, {found.n_documents:,} documents, {found.n_units:,} {units}"
+        f"{found.protocol}: {found.n_samples:,} images"
+        if metric.unit == "images"
+        else f"{found.protocol}: {found.n_samples:,} samples, {found.n_documents:,} documents, {found.n_units:,} tokens"
     )
     longest = max(len(line.name) for line in found.lines)
     table.add_column("", overflow="fold", min_width=min(longest, 16))
-    for title in (metric.label.replace(" per ", " per\n"), "minus\nbest", "95 %\ninterval", "p"):
+    titles = [_in_two_lines(metric), "minus\nbest", "95 %\ninterval", "p"]
+    titles += ["PPL"] if metric.is_nats else []
+    titles += [_in_two_lines(METRICS[name]) for name in verdict.also]
+    for title in [*titles, "cost"]:
         table.add_column(title, justify="right", no_wrap=True)
-    if metric.is_nats:
-        table.add_column("PPL", justify="right", no_wrap=True)
-    table.add_column("cost", justify="right", no_wrap=True)
     sections = [line.kind for line in found.lines[1:]] + [""]
     for line, following in zip(found.lines, sections, strict=True):
-        ends = line.kind != following and (line.kind, following) != ("mixture", "router")
-        table.add_row(*_cells(line, metric.is_nats), style=STYLES[line.kind], end_section=ends)
+        ends = line.kind != following and (line.kind, following) not in TOGETHER
+        table.add_row(*_cells(line, metric, verdict.also), style=STYLES[line.kind], end_section=ends)
     return table
 
 
-def _cells(line: Line, is_nats: bool) -> list[Text]:
+def _in_two_lines(metric: Metric) -> str:
+    """A metric's label as a narrow title."""
+    return metric.label.replace(" per ", " per\n").replace(" accuracy", "\naccuracy")
+
+
+def _cells(line: Line, metric: Metric, also: Sequence[str]) -> list[Text]:
     against = line.difference
-    cells = [line.name, write.number(line.value)]
+    cells = [line.name, write.metric_value(line.value, metric)]
     if against is None:
         cells += ["reference", "", ""]
     else:
-        cells += [write.signed(against.value), write.signed_bounds(against), write.p_value(against.p).replace(" ", "")]
-    if is_nats:
+        cells += [
+            write.metric_difference(against.value, metric),
+            write.metric_difference_bounds(against, metric),
+            write.p_value(against.p).replace(" ", ""),
+        ]
+    if metric.is_nats:
         cells.append(write.number(line.perplexity, 2))
-    return [Text(cell) for cell in [*cells, f"{line.cost:g}"]]
+    cells += [write.metric_value(line.also.get(name), METRICS[name]) for name in also]
+    return [Text(cell) for cell in [*cells, write.cost(line.cost)]]
 
 
-def _share_table(found: ProtocolVerdict) -> Table:
+def _class_share_table(found: ProtocolVerdict, metric: Metric) -> Table:
+    """Classes down and experts across: there are more classes than experts."""
+    table = _table("Share of images that each expert answers, by class")
+    table.add_column("", overflow="fold")
+    for name in found.experts:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for row in telling(found.domains, metric):
+        table.add_row(Text(row.domain), *(write.percent(row.share[name]) for name in found.experts))
+    table.add_section()
+    table.add_row("all", *(write.percent(found.mixture.share[name]) for name in found.experts))
+    return table
+
+
+def _share_table(found: ProtocolVerdict, metric: Metric) -> Table:
+    if metric.group == "class":
+        return _class_share_table(found, metric)
     table = _table("Share of samples per expert and domain")
     table.add_column("", overflow="fold")
     for row in found.domains:
@@ -140,18 +169,25 @@ def _share_table(found: ProtocolVerdict) -> Table:
     return table
 
 
-def _domain_table(found: ProtocolVerdict) -> Table:
-    table = _table("The mixture by domain")
+def _domain_table(found: ProtocolVerdict, metric: Metric) -> Table:
+    omitted = omission(found.domains, metric)
+    table = _table(f"The mixture by {metric.group}{f': {omitted}' if omitted else ''}")
     table.add_column("", overflow="fold")
-    for title in ("samples", "mixture", "minus\nbest single", "95 %\ninterval", "p"):
+    for title in (
+        "images" if metric.unit == "images" else "samples",
+        "mixture",
+        "minus\nbest single",
+        "95 %\ninterval",
+        "p",
+    ):
         table.add_column(title, justify="right", no_wrap=True)
-    for row in found.domains:
+    for row in telling(found.domains, metric):
         table.add_row(
             Text(row.domain),
             f"{row.n_samples:,}",
-            write.number(row.mixture),
-            write.signed(row.difference.value),
-            write.signed_bounds(row.difference),
+            write.metric_value(row.mixture, metric),
+            write.metric_difference(row.difference.value, metric),
+            write.metric_difference_bounds(row.difference, metric),
             write.p_value(row.difference.p),
         )
     return table
@@ -159,11 +195,15 @@ def _domain_table(found: ProtocolVerdict) -> Table:
 
 def _notes(found: ProtocolVerdict) -> str:
     """What the tables leave out, in sentences."""
-    split = write.share_interval(found.split_half_share)
+    recovered = f"Share of the gap recovered: oracle {write.share_interval(found.oracle_share)}"
+    if found.split_half_oracle is not None:
+        recovered += f", split-half oracle {write.share_interval(found.split_half_share)}"
     notes = [
         f"Best single expert, chosen on validation: {found.best_single} (best on test: {found.best_single_on_test}).",
-        f"Share of the gap recovered: oracle {write.share_interval(found.oracle_share)}, split-half oracle {split}.",
+        f"{recovered}.",
     ]
+    if found.policies:
+        notes.append(f"The mixture's policy is {found.policy}.")
     bits = {
         line.name: line.bits_per_byte for line in found.lines if line.name in ("base", found.best_single, "mixture")
     }

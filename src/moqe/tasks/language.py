@@ -57,6 +57,7 @@ class LanguageTask:
     runtime_name = "reference"
     classes: tuple[str, ...] = ()
     feature_expert: str | None = None
+    chunk_samples = 16
 
     def __init__(self, recipe: Recipe, folder: Path, device: str = "cpu") -> None:
         self.recipe, self.folder, self.device = recipe, MixtureFolder(folder), device

@@ -57,7 +57,8 @@ class Task(Protocol):
     `text`. runtime_name: what computes the losses. protocols: names of the rules by which a sample is scored, the one
     that deployment follows first. classes: names of the classes that a sample can be, in the order of an expert's
     predictions; empty where samples have no true class. feature_expert: the expert that has to run before the router
-    can choose, because the router sees its features; None where routing needs no expert.
+    can choose, because the router sees its features; None where routing needs no expert. chunk_samples: how many
+    samples are scored between two writes of the loss table.
     """
 
     metrics: tuple[str, ...]
@@ -67,6 +68,7 @@ class Task(Protocol):
     protocols: tuple[str, ...]
     classes: tuple[str, ...]
     feature_expert: str | None
+    chunk_samples: int
 
     @property
     def metric(self) -> str:
