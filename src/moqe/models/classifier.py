@@ -120,9 +120,10 @@ def _preprocessing(base: str, opened: Opened, stated: recipe.Preprocessing | Non
 
 def _check_full_precision(network: nn.Module, base: str) -> None:
     for name, module in network.named_modules():
-        if ".quantized" in type(module).__module__:
+        kind = type(module)
+        if ".quantized" in kind.__module__ and kind.__name__ != "FloatFunctional":  # that one only adds and multiplies
             raise ModelError(
-                f"{base} is already quantized ({name} is {type(module).__module__}.{type(module).__name__}): give the "
+                f"{base} is already quantized ({name} is {kind.__module__}.{kind.__name__}): give the "
                 "full-precision model as base"
             )
     for name, parameter in network.named_parameters():
@@ -136,7 +137,7 @@ def _classes(network: nn.Module, preprocessing: Preprocessing, base: str) -> int
     try:
         with torch.no_grad():
             logits = network(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # the network's code may raise anything
         raise cannot_run(network, example, error) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 1:
         what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,17 +103,18 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
 def _timm(name: str, weights: str) -> Opened:
     try:
         timm: Any = importlib.import_module("timm")
-    except ModuleNotFoundError:
-        raise MissingExtra("timm", "vision", f"base {TIMM}{name}") from None
+    except ModuleNotFoundError as error:  # timm itself, or the torchvision that it needs
+        raise MissingExtra(error.name or "timm", "vision", f"base {TIMM}{name}") from None
+    except (ImportError, RuntimeError) as error:  # such as a torchvision built for another torch
+        raise ModelError(f"timm cannot be imported ({_line(error)}): install a torchvision that fits torch") from error
     try:
         with _seeded():
             network = timm.create_model(name, pretrained=not weights)
     except (RuntimeError, OSError, ValueError) as error:
-        known = timm.list_models()
-        hint = "" if name.split(".")[0] in known or ":" in name else f"; {did_you_mean(name, known)}"
+        hint = _close(name.split(".")[0], timm.list_models())
         raise ModelError(
-            f"timm cannot open {name!r} ({_line(error)}){hint}: check the name and the network, or give a state "
-            "dict as weights"
+            f"timm cannot open {name!r} ({_line(error)}){hint}: check the name and the network, or give a state dict as "
+            "weights"
         ) from error
     if weights:
         load_state(network, Path(weights).expanduser())
@@ -152,7 +153,7 @@ def _imported(module: str, name: str, base: str) -> Any:
     except Exception as error:  # importing runs the user's code
         raise ModelError(f"base {base}: importing {module} failed ({type(error).__name__}: {_line(error)})") from error
     if not callable(getattr(found, name, None)):
-        raise ModelError(f"base {base}: {module} has no function {name!r}; {did_you_mean(name, dir(found))}")
+        raise ModelError(f"base {base}: {module} has no function {name!r}{_close(name, dir(found))}")
     return getattr(found, name)
 
 
@@ -184,6 +185,13 @@ def _importable_from_here() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    """A hint at a similar name, without the list of all: libraries have hundreds."""
+    known = set(known)
+    hint = did_you_mean(name, known) if known and name not in known else ""
+    return f"; {hint}" if hint.startswith("did") else ""
 
 
 def _line(error: Exception) -> str:

@@ -88,7 +88,7 @@ def observe(network: nn.Module, example: Tensor) -> Run:
     try:
         with torch.no_grad(), watch:
             network(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # the network's code may raise anything
         raise cannot_run(network, example, error) from error
     finally:
         for handle in handles:
