@@ -52,27 +52,38 @@ class ExpertFacts:
 class Task(Protocol):
     """Language or images, bound to one recipe and one mixture folder.
 
-    metrics: what is measured of every sample, keys of `moqe.evaluate.METRICS`; the verdict judges the first and shows
-    the others beside it. router_metric: the one that routers are trained on. modality: which networks can route,
-    `text`. runtime_name: what computes the losses. protocols: names of the rules by which a sample is scored, the one
-    that deployment follows first. classes: names of the classes that a sample can be, in the order of an expert's
-    predictions; empty where samples have no true class. feature_expert: the expert that has to run before the router
-    can choose, because the router sees its features; None where routing needs no expert. chunk_samples: how many
-    samples are scored between two writes of the loss table.
+    modality: which networks can route, `text` or `image`. protocols: names of the rules by which a sample is scored,
+    the one that deployment follows first. chunk_samples: how many samples are scored between two writes of the loss
+    table.
     """
 
-    metrics: tuple[str, ...]
-    router_metric: str
     modality: str
-    runtime_name: str
     protocols: tuple[str, ...]
-    classes: tuple[str, ...]
-    feature_expert: str | None
     chunk_samples: int
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured of every sample, keys of `moqe.evaluate.METRICS`; the first is judged, the others shown."""
 
     @property
     def metric(self) -> str:
         """The metric that the verdict judges: the first of `metrics`."""
+
+    @property
+    def router_metric(self) -> str:
+        """The metric that routers are trained on."""
+
+    @property
+    def runtime_name(self) -> str:
+        """What computes the losses."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What a sample can be, in the order of an expert's predictions; empty where samples have no true class."""
+
+    @property
+    def feature_expert(self) -> str | None:
+        """The expert whose features the router sees, so that it runs before anyone can choose; None without one."""
 
     def __init__(self, recipe: Recipe, folder: Path, device: str) -> None: ...
 
