@@ -55,3 +55,18 @@ class Qat(Options):
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(0.03, gt=0.0)
     loss: Literal["distill", "labels"] = "distill"
+
+
+class Brecq(Options):
+    """Options of brecq. `steps` are updates per block; `warmup` is the share of them without the regularizer.
+
+    `learning_rate` is of the roundings, `step_learning_rate` of activation steps relative to themselves.
+    `rounding_weight` weighs the regularizer against the block's error, which starts at 1.
+    """
+
+    steps: int = Field(500, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(0.02, gt=0.0)
+    step_learning_rate: float = Field(0.002, ge=0.0)
+    rounding_weight: float = Field(0.5, ge=0.0)
+    warmup: float = Field(0.2, ge=0.0, lt=1.0)

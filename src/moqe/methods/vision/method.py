@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from moqe.methods.vision.layer import QuantizedLayer
+from moqe.models.convolutions import LayerSite
 from moqe.progress import Progress
 from moqe.recipe import Expert
 from moqe.schemes import Scheme
-
-if TYPE_CHECKING:
-    from moqe.models.convolutions import LayerSite
 
 
 class CalibrationImages(Protocol):
