@@ -204,6 +204,27 @@ def generate(
 
 
 @app.command()
+def classify(
+    folder: Dir,
+    image: Annotated[Path, typer.Argument(help="An image file.", metavar="IMAGE")],
+    expert: Pin = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Name what an image shows, with the expert that the router chooses."""
+    from moqe.mixture import load
+
+    answer = load(folder, device=device, progress=Bars()).classify(image, expert=expert)
+    if as_json:
+        _emit(answer)
+        return
+    for label, probability in answer.top.items():
+        _say(f"{escape(label):24} {probability:.4f}")
+    asked = escape(answer.expert) + (f", then {escape(answer.second)}" if answer.second else "")
+    Console(stderr=True).print(f"[dim]expert: {asked} ({escape(answer.reason)})[/dim]")
+
+
+@app.command()
 def inspect(
     folder: Dir,
     verify: Annotated[

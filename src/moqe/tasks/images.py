@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,8 @@ from moqe.tasks.image_estimate import estimate_images
 from moqe.tasks.image_expert_maker import ImageExpertMaker, expert_file, expert_file_bytes
 from moqe.tasks.image_models import FoldedClassifier, ImageModels
 from moqe.tasks.task import ExpertFacts
+
+log = logging.getLogger("moqe")
 
 BASE = "base"
 BATCH_IMAGES = 64
@@ -92,8 +95,11 @@ class ImageTask:
             samples.labels.numpy(),
         )
 
-    def identity(self) -> dict[str, str]:
+    def identity(self, progress: Progress) -> dict[str, str]:
         """Digests of everything that decides the result beside the recipe."""
+        with progress.track("read images", 1) as advance:
+            log.info("images are preprocessed so: %s", self.models.base.preprocessing.describe())
+            advance(len(self._splits) and 1)
         samples = {f"samples.{name}": split.digest for name, split in self._splits.items()}
         return {**self.models.digests(), **samples}
 
