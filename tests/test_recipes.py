@@ -1,4 +1,4 @@
-"""The paper's language recipes: each parses, its experts exist, and a dry run works on a model of that architecture and size."""
+"""The paper's language recipes: each parses, its experts exist, a dry run works on a model of that kind and size."""
 
 from __future__ import annotations
 

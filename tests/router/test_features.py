@@ -3,7 +3,7 @@ import torch
 
 from moqe.errors import DataError, NumericalError
 from moqe.router.examples import RoutingExamples
-from moqe.router.features import JoinedFeatures, SelectedFeatures, TokenFeatures
+from moqe.router.features import JoinedFeatures, SelectedFeatures, TokenFeatures, VectorFeatures
 
 
 @pytest.fixture
@@ -61,3 +61,34 @@ def test_examples_select_join_and_centre(embedding):
     assert both.document == ("c", "a", "b")
     assert torch.equal(both.losses, examples.losses[[2, 0, 1]])
     assert torch.equal(both.features.pooled(), examples.features.pooled()[[2, 0, 1]])
+
+
+def test_vectors_are_handed_out_as_they_are():
+    vectors = torch.randn(7, 6, generator=torch.Generator().manual_seed(0)).half()
+    features = VectorFeatures(vectors)
+    assert (len(features), features.dimension) == (7, 6)
+    assert torch.equal(features.batch(torch.tensor([3, 1])), vectors[[3, 1]].float())
+    assert torch.equal(features.pooled(), vectors.float())
+    joined = JoinedFeatures(SelectedFeatures(features, torch.tensor([4, 2])), VectorFeatures(vectors[:1]))
+    assert torch.equal(joined.pooled(), vectors[[4, 2, 0]].float())
+    with pytest.raises(DataError, match=r"shape \(7, 6, 1\) are not one vector per sample"):
+        VectorFeatures(vectors[..., None])
+
+
+def test_examples_may_be_judged_by_something_else():
+    features = VectorFeatures(torch.randn(3, 2))
+    losses, wrong = (
+        torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.0, 4.0]]),
+        torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]),
+    )
+    examples = RoutingExamples(features, losses, ("a", "b", "c"), wrong)
+    assert RoutingExamples(features, losses, ("a", "b", "c")).best_single == 0
+    assert examples.best_single == 1
+    assert torch.equal(examples.select(torch.tensor([2, 1])).deciding, wrong[[2, 1]])
+    assert torch.equal(examples.join(examples).deciding, torch.cat([wrong, wrong]))
+    with pytest.raises(DataError, match="cannot be joined"):
+        examples.join(RoutingExamples(features, losses, ("a", "b", "c")))
+    with pytest.raises(DataError, match=r"cannot be judged by values of shape \(3, 1\)"):
+        RoutingExamples(features, losses, ("a", "b", "c"), wrong[:, :1])
+    with pytest.raises(NumericalError, match="not finite"):
+        RoutingExamples(features, losses, ("a", "b", "c"), wrong * torch.nan)

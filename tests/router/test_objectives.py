@@ -40,3 +40,11 @@ def test_how_hard_a_sample_is_does_not_matter(name):
     losses, logits = torch.rand(9, 3, generator=generator), torch.randn(9, 3, generator=generator)
     shifted = losses + torch.arange(9.0)[:, None]
     torch.testing.assert_close(OBJECTIVES[name](logits, losses), OBJECTIVES[name](logits, shifted))
+
+
+def test_experts_that_tie_share_the_label():
+    losses = torch.tensor([[0.0, 1.0, 0.0]])
+    logits = torch.tensor([[0.3, -0.2, 1.1]], requires_grad=True)
+    cross_entropy(logits, losses).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, logits.detach().softmax(1) - torch.tensor([[0.5, 0.0, 0.5]]))

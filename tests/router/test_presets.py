@@ -8,10 +8,29 @@ import torch
 from moqe.errors import DataError, RecipeError
 from moqe.recipe import Balance
 from moqe.recipe import Router as Options
-from moqe.router import GuardedRouter, choose, fit_paper, fit_tuned, realised_losses
+from moqe.router import (
+    GuardedRouter,
+    RoutingExamples,
+    VectorFeatures,
+    choose,
+    fit_paper,
+    fit_tuned,
+    load_router,
+    realised_losses,
+    save_router,
+)
 from moqe.router import presets as module
 from moqe.router.baselines import Constant
 from moqe.router.network_router import NetworkRouter
+
+
+def images(n: int, signal: float, seed: int, dimension: int = 16) -> RoutingExamples:
+    """Planted vectors: their largest of the first three numbers tells which expert is best, by `signal` nats."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(n, dimension, generator=generator)
+    losses = 1.0 + 0.3 * torch.randn(n, 1, generator=generator) + 0.03 * torch.randn(n, 3, generator=generator)
+    losses[torch.arange(n), vectors[:, :3].argmax(1)] -= signal
+    return RoutingExamples(VectorFeatures(vectors), losses, tuple(f"{seed}-{i}" for i in range(n)))
 
 
 def realised(router, examples) -> float:
@@ -150,3 +169,76 @@ def test_two_fits_are_equal(planted):
 def test_too_few_documents_to_compare(planted):
     with pytest.raises(DataError, match="add documents"):
         fit_tuned(Options(), planted(8, 0.2, 1), planted(4, 0.2, 2), 0)
+
+
+def test_the_papers_image_router_learns_and_is_saved(tmp_path):
+    train, validation, test = images(193, 0.2, 1), images(64, 0.2, 2), images(200, 0.2, 3)  # 193: a last batch of one
+    fitted = fit_paper(Options(preset="paper", learning_rate=3e-3), train, validation, 0, "image")
+    assert isinstance(fitted.unguarded, NetworkRouter)
+    assert (fitted.unguarded.network.kind, fitted.unguarded.network.options) == (
+        "image",
+        {"dimension": 16, "experts": 3},
+    )
+    assert realised(fitted.router, test) < float(test.losses[:, validation.best_single].mean()) - 0.03
+    save_router(fitted.router, tmp_path)
+    assert torch.equal(load_router(tmp_path).predict(test.features), fitted.router.predict(test.features))
+
+
+def test_the_papers_numbers_for_images():
+    training = module.PAPER["image"].training
+    assert (training.objective, training.batch_size, training.accumulation) == ("cross_entropy", 48, 2)
+    assert (training.learning_rate, training.weight_decay) == (5e-5, 0.0)
+
+
+def test_tuned_finds_a_planted_signal_in_vectors(tmp_path):
+    train, validation, test = images(192, 0.2, 1), images(64, 0.2, 2), images(200, 0.2, 3)
+    fitted = fit_tuned(Options(epochs=6), train, validation, 0, "image")
+    assert len(fitted.candidates) == 5
+    assert realised(fitted.router, test) < float(test.losses[:, validation.best_single].mean()) - 0.05
+    network = fit_tuned(Options(objective="expected_loss", epochs=6), train, validation, 0, "image").router
+    save_router(network, tmp_path)
+    assert torch.equal(load_router(tmp_path).predict(test.features), network.predict(test.features))
+
+
+def test_unseen_choices_are_those_of_routers_that_had_not_seen_the_sample(planted):
+    train, validation = planted(96, 0.2, 1), planted(32, 0.2, 2)
+    paper = fit_paper(Options(preset="paper", learning_rate=2e-3, epochs=3), train, validation, 0)
+    assert paper.unseen.rows.tolist() == list(range(96, 128))
+    assert torch.equal(paper.unseen.choice, choose(paper.router.predict(validation.features)))
+    tuned = fit_tuned(Options(objective="expected_loss", epochs=2), train, validation, 0)
+    assert tuned.unseen.rows.tolist() == list(range(128))
+    assert tuned.guard is not None
+    pool = train.join(validation)
+    fallback = pool.losses[:, tuned.guard.fallback]
+    gain = fallback - pool.losses.gather(1, tuned.unseen.choice[:, None])[:, 0]
+    assert float(gain.mean()) == pytest.approx(tuned.guard.gain.value, abs=1e-6)
+    free = fit_tuned(Options(objective="expected_loss", epochs=2, guard=False), train, validation, 0)
+    assert float((free.unseen.choice != tuned.guard.fallback).float().mean()) >= tuned.guard.switched
+
+
+def test_choices_of_a_constant_router_are_constant(planted):
+    fitted = fit_tuned(Options(epochs=1), planted(48, 0.0, 1), planted(16, 0.0, 2), 0)
+    assert fitted.chosen == "constant"
+    assert set(fitted.unseen.choice.tolist()) == set(
+        choose(fitted.router.predict(planted(8, 0.0, 3).features)).tolist()
+    )
+
+
+@pytest.mark.parametrize("fit", [fit_paper, fit_tuned])
+def test_what_judges_decides_on_the_fallback(fit):
+    """Expert 1 has the lowest cross-entropy and is wrong most often; features say nothing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(n: int, name: str) -> RoutingExamples:
+        losses = 1.0 + 0.1 * torch.rand(n, 3, generator=generator)
+        losses[:, 1] -= 0.5
+        wrong = (torch.rand(n, 3, generator=generator) < torch.tensor([0.3, 0.8, 0.5])).float()
+        vectors = torch.randn(n, 4, generator=generator)
+        return RoutingExamples(VectorFeatures(vectors), losses, tuple(f"{name}{i}" for i in range(n)), wrong)
+
+    train, validation = make(96, "t"), make(64, "v")
+    fitted = fit(Options(epochs=1), train, validation, 0, "image")
+    assert validation.best_single == 0
+    assert set(choose(fitted.router.predict(validation.features)).tolist()) == {0}
+    assert set(fitted.unseen.choice.tolist()) == {0}
+    assert all(candidate.loss <= 1.0 for candidate in fitted.candidates)

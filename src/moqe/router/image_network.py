@@ -128,7 +128,8 @@ class ImageNetwork(RoutingNetwork):
     def forward(self, features: Tensor) -> Tensor:
         """Vectors, (b, dimension) -> logits, (b, experts)."""
         x = self.mlp(features).view(-1, *MAP)
-        x = self.stages(self.entry(x)).flatten(2).transpose(1, 2)  # (b, 2 x 2 positions, 64)
+        # Contiguous: on a strided view the kernel depends on whether weights want gradients, and with it the last bit.
+        x = self.stages(self.entry(x)).flatten(2).transpose(1, 2).contiguous()  # (b, 2 x 2 positions, 64)
         x = x + self.attention(x)
         logits: Tensor = self.head(x.mean(1))
         return logits
