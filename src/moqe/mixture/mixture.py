@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moqe.errors import MoqeError, did_you_mean
+from moqe.errors import CheckpointError, MoqeError, did_you_mean
 from moqe.folder import MixtureFolder
 from moqe.mixture.manifest import read_manifest, verify_files, within
 from moqe.progress import Progress, Silent
@@ -85,6 +85,11 @@ class Mixture:
             self._routers[name] = load_router(self.folder.router(name) / "mixture")
         router = self._routers[name]
         costs = router.predict(features)[0]
+        if len(costs) != len(self.experts):
+            raise CheckpointError(
+                f"{self.folder.router(name)} routes among {len(costs)} experts, and the mixture has "
+                f"{len(self.experts)}: copy the mixture again"
+            )
         return Decision(
             self.experts[int(costs.argmin())],
             {expert: float(cost) for expert, cost in zip(self.experts, costs, strict=True)},
