@@ -273,7 +273,7 @@ def test_a_recipe_that_changed_under_a_half_built_folder(
         raise stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("moqe.build"), "_train", stop)
+        patch.setattr(importlib.import_module("moqe.build"), "train_routers", stop)
         with pytest.raises(MoqeError, match="stopped"):
             moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
     recipe_content["experts"].pop()
@@ -294,7 +294,7 @@ def test_data_that_changed_under_a_half_built_folder(
         raise MoqeError("stopped for the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("moqe.build"), "_train", stop)
+        patch.setattr(importlib.import_module("moqe.build"), "train_routers", stop)
         with pytest.raises(MoqeError, match="stopped"):
             moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
     own.write_text("\n".join(own.read_text().splitlines()[1:]))
@@ -309,7 +309,7 @@ def test_another_number_of_threads_does_not_finish_a_half_built_folder(
         raise MoqeError("stopped for the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("moqe.build"), "_score", stop)
+        patch.setattr(importlib.import_module("moqe.build"), "score", stop)
         with pytest.raises(MoqeError, match="stopped"):
             moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
     torch.set_num_threads(2)
@@ -318,7 +318,7 @@ def test_another_number_of_threads_does_not_finish_a_half_built_folder(
     assert "torch threads (OMP_NUM_THREADS): 1 then, 2 now" in said
     torch.set_num_threads(1)
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("moqe.build"), "_score", stop)
+        patch.setattr(importlib.import_module("moqe.build"), "score", stop)
         with pytest.raises(MoqeError, match="stopped"):  # goes on as far as it got before
             moqe.build(moqe.parse_recipe(recipe_content), tmp_path / "m")
 
@@ -355,6 +355,7 @@ def test_unknown_expert_protocol_and_empty_text(built: Path, run: Run) -> None:
 def test_torch_is_not_asked_for_a_device_it_lacks(built: Path, run: Run) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has the device the test needs to be absent")
-    code, said = run("generate", built, "the river", "--device", "cuda")
-    assert code == 2
-    assert "cuda" in said
+    for verb in ("route", "generate"):
+        code, said = run(verb, built, "the river", "--device", "cuda")
+        assert code == 2
+        assert "cuda" in said

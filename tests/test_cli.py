@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
-from moqe import cli
+import moqe
+from moqe import cli, verbs
+from moqe.errors import MoqeError, RecipeError
 
 Run = Callable[..., str]
 
@@ -33,6 +37,35 @@ def test_help_names_every_verb(run: Run) -> None:
     said = run("--help")
     for verb in ("quickstart", "build", "evaluate", "route", "generate", "inspect", "doctor"):
         assert verb in said
+
+
+def test_every_verb_is_a_public_function_with_the_same_options() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    of_the_command_line = {"build": {"dry_run"}}  # `moqe.plan`
+    for verb, command in group.commands.items():
+        function = getattr(moqe, verb)
+        assert verb in moqe.__all__
+        assert inspect.isfunction(function), verb
+        offered = {parameter.name for parameter in command.params} - {"as_json"} - of_the_command_line.get(verb, set())
+        assert offered == set(inspect.signature(function).parameters) - {"progress"}, verb
+
+
+def test_the_functions_do_what_an_opened_mixture_does(built: Path) -> None:
+    mixture = moqe.load(built)
+    assert moqe.route(built, "the old river", protocol="whole") == mixture.route("the old river", protocol="whole")
+    drawn = {"expert": "rtn", "max_new_tokens": 5, "temperature": 0.7, "seed": 3}
+    assert moqe.generate(built, "one two", **drawn) == mixture.generate("one two", **drawn)  # type: ignore[arg-type]
+    with pytest.raises(MoqeError, match="it has no classify"):
+        moqe.classify(built, "river.png")
+
+
+def test_quickstart_builds_the_bundled_recipe_of_a_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(verbs, "build", lambda recipe, folder, **options: asked.append((recipe, folder, options)))
+    moqe.quickstart(tmp_path, device="cpu")
+    assert asked == [(moqe.quickstart_recipe("language"), tmp_path, {"device": "cpu", "progress": None})]
+    with pytest.raises(RecipeError, match="did you mean 'language'"):
+        moqe.quickstart(tmp_path, task="langauge")
 
 
 def test_version(run: Run) -> None:
@@ -71,7 +104,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(
 def test_route_and_generate(built: Path, run: Run) -> None:
     decision = json.loads(run("route", built, "the old river", "--json"))
     assert decision["expert"] in decision["costs"]
-    assert decision["expert"] in run("route", built, "the old river")
+    assert decision["expert"] in run("route", built, "the old river", "--device", "cpu")
     answer = json.loads(run("generate", built, "one two", "--expert", "kq", "--max-new-tokens", 3, "--json"))
     assert (answer["expert"], answer["reason"]) == ("kq", "pinned")
     assert len(answer["token_ids"]) <= 3

@@ -9,12 +9,23 @@ import moqe
 
 ROOT = Path(moqe.__file__).parent
 FLOORS = {
-    0: {"errors", "options", "method_options", "recipe", "store", "schemes", "quantized", "folder", "progress", "version"},
+    0: {
+        "errors",
+        "options",
+        "method_options",
+        "recipe",
+        "store",
+        "schemes",
+        "quantized",
+        "folder",
+        "progress",
+        "version",
+    },
     1: {"methods", "formats", "models", "data", "bundled"},
     2: {"runtimes"},
     3: {"router", "tasks"},
     4: {"mixture", "evaluate"},
-    5: {"build", "measure", "doctor"},
+    5: {"build", "measure", "doctor", "verbs"},
     6: {"cli"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -8,17 +8,19 @@
     mixture.generate("The quick brown").text
     mixture.score("The quick brown fox").perplexity
 
-Every verb of the command line is a function here; errors are subclasses of `MoqeError`.
+Every verb of the command line is a function here, of the same name and with the same options; errors are subclasses of
+`MoqeError`.
 """
 
 from __future__ import annotations
 
 from moqe.build import BuildResult, Plan, build, evaluate, plan
 from moqe.bundled import quickstart_recipe
-from moqe.doctor import examine
+from moqe.doctor import doctor
 from moqe.errors import MoqeError
 from moqe.mixture import Classification, Decision, Generation, Mixture, Score, inspect, load
 from moqe.recipe import Recipe, load_recipe, parse_recipe
+from moqe.verbs import classify, generate, quickstart, route
 from moqe.version import __version__
 
 __all__ = [
@@ -33,12 +35,16 @@ __all__ = [
     "Score",
     "__version__",
     "build",
+    "classify",
+    "doctor",
     "evaluate",
-    "examine",
+    "generate",
     "inspect",
     "load",
     "load_recipe",
     "parse_recipe",
     "plan",
+    "quickstart",
     "quickstart_recipe",
+    "route",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moqe.errors import MoqeError
 from moqe.progress import Advance
 from moqe.version import __version__
+
+if TYPE_CHECKING:
+    from moqe.build import BuildResult
 
 app = typer.Typer(
     name="moqe",
@@ -99,13 +102,16 @@ def _options(
 @app.command()
 def quickstart(
     folder: Annotated[Path, typer.Argument(help="Where to put the mixture.", metavar="DIR")] = Path("moqe-quickstart"),
+    task: Annotated[str, typer.Option(help="What the bundled model does: language or image-classification.")] = (
+        "language"
+    ),
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Build and judge a mixture of the bundled language model: a few minutes, no network."""
-    from moqe.bundled import quickstart_recipe
+    """Build and judge a mixture of a bundled model: a few minutes, no network."""
+    from moqe.verbs import quickstart as make
 
-    _build_and_show(quickstart_recipe(), folder, device, as_json)
+    _show_build(make(folder, task=task, device=device, progress=Bars()), as_json)
 
 
 @app.command()
@@ -134,20 +140,20 @@ def build(
         else:
             Console().print(plan_table(prediction))
         return
-    _build_and_show(parsed, target, device, as_json)
-
-
-def _build_and_show(recipe: Any, folder: Path, device: str, as_json: bool) -> None:
     from moqe.build import build as make
+
+    _show_build(make(parsed, target, device=device, progress=Bars()), as_json)
+
+
+def _show_build(result: BuildResult, as_json: bool) -> None:
     from moqe.evaluate.terminal import verdict_renderable
 
-    result = make(recipe, folder, device=device, progress=Bars())
     if as_json:
         _emit(result.summary())
         return
     Console().print(verdict_renderable(result.verdict))
     _say(f"[dim]{escape(result.sentence())}[/dim]")
-    _say(f"Report: {escape(str(folder / 'report.html'))}")
+    _say(f"Report: {escape(str(result.folder / 'report.html'))}")
 
 
 @app.command()
@@ -165,12 +171,18 @@ def evaluate(folder: Dir, device: Device = "cpu", as_json: Json = False) -> None
 
 @app.command()
 def route(
-    folder: Dir, text: Text, protocol: Annotated[str | None, typer.Option()] = None, as_json: Json = False
+    folder: Dir,
+    sample: Annotated[str, typer.Argument(help="The text, `-` for standard input; or an image's path.")],
+    protocol: Annotated[
+        str | None, typer.Option(help="What the router may see, if not what it was deployed for.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
 ) -> None:
-    """Say which expert the router sends a text to, and what it predicts for each."""
-    from moqe.mixture import load
+    """Say which expert the router sends an input to, and what it predicts for each."""
+    from moqe.verbs import route as ask
 
-    decision = load(folder).route(_read(text), protocol=protocol)
+    decision = ask(folder, _read(sample), protocol=protocol, device=device, progress=Bars())
     if as_json:
         _emit(decision)
         return
@@ -191,10 +203,17 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text with the expert that the router chooses."""
-    from moqe.mixture import load
+    from moqe.verbs import generate as ask
 
-    answer = load(folder, device=device).generate(
-        _read(text), expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    answer = ask(
+        folder,
+        _read(text),
+        expert=expert,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        progress=Bars(),
     )
     if as_json:
         _emit(answer)
@@ -212,9 +231,9 @@ def classify(
     as_json: Json = False,
 ) -> None:
     """Name what an image shows, with the expert that the router chooses."""
-    from moqe.mixture import load
+    from moqe.verbs import classify as ask
 
-    answer = load(folder, device=device, progress=Bars()).classify(image, expert=expert)
+    answer = ask(folder, image, expert=expert, device=device, progress=Bars())
     if as_json:
         _emit(answer)
         return
@@ -236,7 +255,7 @@ def inspect(
     from moqe.evaluate.terminal import inspection_table
     from moqe.mixture import inspect as look
 
-    found = look(folder, verify=verify)
+    found = look(folder, verify=verify, progress=Bars())
     if as_json:
         _emit(found)
     else:
@@ -246,7 +265,7 @@ def inspect(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine offers: versions, threads, instruction sets, devices, optional packages."""
-    from moqe.doctor import examine
+    from moqe.doctor import doctor as examine
 
     report = examine()
     if as_json:

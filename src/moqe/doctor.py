@@ -23,7 +23,7 @@ CPU_FLAGS = {
 }
 
 
-def examine() -> dict[str, dict[str, str]]:
+def doctor() -> dict[str, dict[str, str]]:
     """Versions, processor, memory, devices and optional packages, as text by section and name."""
     return {"versions": _versions(), "machine": _machine(), "devices": _devices(), "optional": _optional()}
 

@@ -38,7 +38,8 @@ def read_manifest(folder: MixtureFolder) -> dict[str, Any]:
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError unless everything that is read of a manifest is there."""
     tables = [manifest["identity"], manifest["shared"], *(entry["files"] for entry in manifest["experts"].values())]
-    texts = [manifest["recipe"], manifest["task"], *manifest["protocols"], *(text for table in tables for text in table.values())]
+    texts = [manifest["recipe"], manifest["task"], *manifest["protocols"]]
+    texts += [text for table in tables for text in table.values()]
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise TypeError(f"{wrong[0]!r} is not text")
