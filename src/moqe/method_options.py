@@ -55,6 +55,7 @@ class Qat(Options):
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(0.03, gt=0.0)
     loss: Literal["distill", "labels"] = "distill"
+    temperature: float = Field(4.0, gt=0.0)
 
 
 class Brecq(Options):
@@ -70,3 +71,22 @@ class Brecq(Options):
     step_learning_rate: float = Field(0.002, ge=0.0)
     rounding_weight: float = Field(0.5, ge=0.0)
     warmup: float = Field(0.2, ge=0.0, lt=1.0)
+
+
+class N2uq(Options):
+    """Options of n2uq: as those of qat; the loss is always distillation."""
+
+    steps: int = Field(600, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(0.003, gt=0.0)
+    temperature: float = Field(4.0, gt=0.0)
+
+
+class DsConv(Options):
+    """Options of dsconv. `block` is in input channels; the others are those of the adaptation, `steps` 0 is without."""
+
+    block: int = Field(64, ge=2)
+    steps: int = Field(0, ge=0)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(0.003, gt=0.0)
+    temperature: float = Field(4.0, gt=0.0)

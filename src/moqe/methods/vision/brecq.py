@@ -35,7 +35,7 @@ from moqe.methods.vision.method import CalibrationImages, VisionResult
 from moqe.methods.vision.observe import batches, with_outputs
 from moqe.methods.vision.output_error import error_notes
 from moqe.methods.vision.ptq import integer_only, output_names, ptq_layers
-from moqe.methods.vision.qat import learned_input
+from moqe.methods.vision.qat import learned_activation, learned_input
 from moqe.methods.vision.reconstruction import Reconstructed, Task, reconstruct
 from moqe.methods.vision.training import attach, trainable_copy
 from moqe.models.convolutions import LayerSite
@@ -162,13 +162,12 @@ def _attach(
         module = modules[layer.name]
         assert isinstance(module, nn.Conv2d | nn.Linear)
         assert isinstance(layer.input, Uniform)
-        low, high = (bound - layer.input.zero_point for bound in layer.input.levels)
         roundings.append(
             LearnedRounding(
                 module.weight.detach(), layer.weight.scale.to(module.weight.device), *signed_range(layer.weight.bits)
             )
         )
-        steps.append(LearnedStep(torch.tensor(layer.input.scale), low, high, 1))
+        steps.append(learned_activation(layer.input, 1))
         attach(module, roundings[-1], steps[-1])
     return roundings, steps
 

@@ -23,27 +23,40 @@ SMALLEST_STEP = 1e-8  # a step stays positive
 class LearnedStep(nn.Module):
     """Rounds to multiples of a trained step, float32 in and out.
 
-    step: positive, a scalar or something that broadcasts over the input, such as (out, 1, 1, 1). lowest, highest: the
-    codes. count: values that share one step, for the gradient's scale: weights of a channel, features of an image.
+    step: positive, a scalar for inputs; for weights (out,), or (out, blocks, kh, kw) or (out, blocks) with `block`
+    input channels to a step. lowest, highest: the codes. count: values that share one step, for the gradient's scale:
+    weights of a channel or block, features of an image.
     """
 
-    def __init__(self, step: Tensor, lowest: int, highest: int, count: int) -> None:
+    def __init__(self, step: Tensor, lowest: int, highest: int, count: int, block: int = 0) -> None:
         super().__init__()
         self.step = nn.Parameter(step.detach().clone())
-        self.lowest, self.highest = lowest, highest
+        self.lowest, self.highest, self.block = lowest, highest, block
         self.gradient_scale = 1.0 / math.sqrt(count * highest)
 
     def forward(self, value: Tensor) -> Tensor:
         """The nearest multiple of the step within the range."""
         rounded: Tensor = _Round.apply(  # type: ignore[no-untyped-call]
-            value, self.step, self.lowest, self.highest, self.gradient_scale
+            value, self._spread(value), self.lowest, self.highest, self.gradient_scale
         )
         return rounded
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight's codes as float32, and their scale as `WeightCodes` has it."""
+        codes = (weight / self._spread(weight)).round_().clamp_(self.lowest, self.highest)
+        return codes, self.step.detach().clone()
 
     @torch.no_grad()
     def keep_positive(self) -> None:
         """Call after every update."""
         self.step.clamp_(min=SMALLEST_STEP)
+
+    def _spread(self, value: Tensor) -> Tensor:
+        """The step of every value: something that broadcasts over them."""
+        if self.block:
+            return self.step.repeat_interleave(self.block, dim=1)[:, : value.shape[1]]
+        return self.step.view(-1, *[1] * (value.ndim - 1)) if self.step.ndim else self.step
 
 
 class _Round(torch.autograd.Function):

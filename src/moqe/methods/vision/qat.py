@@ -20,24 +20,31 @@ Cost: a forward and a backward pass per step and image, half as much again for r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from moqe.methods.vision.layer import QuantizedLayer, Uniform, WeightCodes, signed_range
+from moqe.methods.vision.layer import QuantizedLayer, Uniform, signed_range
 from moqe.methods.vision.lsq import LearnedStep
 from moqe.methods.vision.method import CalibrationImages, VisionResult
 from moqe.methods.vision.observe import with_outputs
 from moqe.methods.vision.output_error import error_notes
 from moqe.methods.vision.ptq import integer_only, output_names, ptq_layers
-from moqe.methods.vision.training import attach, logits_of, original_weight, train, trainable_copy
+from moqe.methods.vision.training import (
+    Update,
+    attach,
+    logits_of,
+    step_group,
+    train,
+    trainable_copy,
+    trained_weight,
+    weight_groups,
+)
 from moqe.models.convolutions import LayerSite
 from moqe.progress import Progress
 from moqe.recipe import Expert
 from moqe.schemes import Scheme
-
-STEP_SHARE = 0.1  # learning rate of a step, relative to itself, as a share of the weights' in steps
 
 
 class Qat:
@@ -66,14 +73,18 @@ class Qat:
         start = ptq_layers(network, sites, images, scheme, seed)
         student = trainable_copy(network)
         modules = dict(student.named_modules())
-        features = {site.name: _features(site) for site in sites}
-        quantizers = list[LearnedStep]()
-        groups = list[dict[str, Any]]()
+        features = {site.name: torch.Size(site.input_shape).numel() for site in sites}
+        activations = dict[str, LearnedStep]()
+        groups, constraints = list[dict[str, Any]](), list[Update]()
         for layer in start:
-            weight, activation = learned_steps(layer, features[layer.name])
-            attach(modules[layer.name], weight, activation)
-            quantizers += [weight, activation]
-            groups += _groups(modules[layer.name], layer, weight, activation, options.learning_rate)
+            assert isinstance(layer.input, Uniform)
+            module, weight = modules[layer.name], learned_weight(layer)
+            activation = learned_activation(layer.input, features[layer.name])
+            attach(module, weight, activation)
+            groups += weight_groups(module, layer, options.learning_rate)
+            groups += [step_group(each.step, options.learning_rate) for each in (weight, activation)]
+            constraints += [weight.keep_positive, activation.keep_positive]
+            activations[layer.name] = activation
         last_loss = train(
             student,
             logits_of(network, images),
@@ -82,12 +93,20 @@ class Qat:
             steps=options.steps,
             batch_size=options.batch_size,
             loss=options.loss,
+            temperature=options.temperature,
             seed=seed,
-            constraints=[quantizer.keep_positive for quantizer in quantizers],
+            constraints=constraints,
             what=f"{expert.name}: training",
             progress=progress,
         )
-        layers = tuple(trained_layer(modules[layer.name], layer) for layer in start)
+        layers = tuple(
+            QuantizedLayer(
+                layer.name,
+                *trained_weight(modules[layer.name], layer),
+                learned_input(activations[layer.name].step, cast(Uniform, layer.input)),
+            )
+            for layer in start
+        )
         layers = with_outputs(network, layers, output_names(sites, scheme), images, seed)
         plain = with_outputs(network, start, output_names(sites, scheme), images, seed)
         notes = error_notes(network, layers, plain, images)
@@ -96,56 +115,19 @@ class Qat:
         return VisionResult(layers, notes)
 
 
-def learned_steps(layer: QuantizedLayer, features: int) -> tuple[LearnedStep, LearnedStep]:
-    """Trainable quantizers that start where a plainly quantized layer is: its weight's and its input's."""
-    assert isinstance(layer.input, Uniform)
-    codes = layer.weight.codes
-    lowest, highest = signed_range(layer.weight.bits)
-    shape = (-1, *[1] * (codes.ndim - 1))
-    weight = LearnedStep(layer.weight.scale.view(shape), lowest, highest, codes[0].numel())
-    low, high = (bound - layer.input.zero_point for bound in layer.input.levels)
-    return weight, LearnedStep(torch.tensor(layer.input.scale), low, high, features)
+def learned_weight(start: QuantizedLayer) -> LearnedStep:
+    """A trainable quantizer that starts where a plainly quantized layer's weight is."""
+    weight = start.weight
+    count = weight.codes.numel() // weight.scale.numel()
+    return LearnedStep(weight.scale, *signed_range(weight.bits), count, weight.block)
+
+
+def learned_activation(start: Uniform, features: int) -> LearnedStep:
+    """A trainable quantizer that starts where a calibrated input is; features: elements of one image's input."""
+    low, high = (bound - start.zero_point for bound in start.levels)
+    return LearnedStep(torch.tensor(start.scale), low, high, features)
 
 
 def learned_input(step: Tensor, start: Uniform) -> Uniform:
     """What a trained input quantizer has become."""
     return Uniform(float(step.detach()), start.zero_point, start.bits)
-
-
-@torch.no_grad()
-def trained_layer(module: nn.Module, start: QuantizedLayer) -> QuantizedLayer:
-    """The quantized layer that a trained module stands for, number for number."""
-    weight, activation = module.parametrizations["weight"][0], module.input_quantizer  # type: ignore[index]
-    assert isinstance(weight, LearnedStep)
-    assert isinstance(activation, LearnedStep)
-    assert isinstance(start.input, Uniform)
-    value = original_weight(module)
-    codes = (value / weight.step).round_().clamp_(weight.lowest, weight.highest).to(torch.int8).cpu().contiguous()
-    bias = _plain(module.bias) if isinstance(module.bias, Tensor) else None
-    scale = _plain(weight.step).flatten()
-    return QuantizedLayer(
-        start.name, WeightCodes(codes, scale, 0, start.weight.bits), bias, learned_input(activation.step, start.input)
-    )
-
-
-def _groups(
-    module: nn.Module, layer: QuantizedLayer, weight: LearnedStep, activation: LearnedStep, rate: float
-) -> list[dict[str, Any]]:
-    """Adam's groups of one layer; see `training.py` for what learning rates mean."""
-    groups = [
-        {"params": [original_weight(module)], "lr": rate * float(layer.weight.scale.mean())},
-        {"params": [weight.step], "lr": STEP_SHARE * rate * float(layer.weight.scale.mean())},
-        {"params": [activation.step], "lr": STEP_SHARE * rate * float(activation.step.detach())},
-    ]
-    if layer.bias is not None and float(layer.bias.abs().max()) > 0:
-        groups.append({"params": [module.bias], "lr": rate * float(layer.bias.abs().max()) / weight.highest})
-    return groups
-
-
-def _features(site: LayerSite) -> int:
-    """Elements of the input of one image."""
-    return int(torch.Size(site.input_shape).numel())
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone().contiguous()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,22 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils import parametrize
 
 from moqe.errors import NumericalError
+from moqe.methods.vision.layer import QuantizedLayer, WeightCodes, signed_range
 from moqe.methods.vision.method import CalibrationImages
 from moqe.methods.vision.observe import batches
 from moqe.progress import Progress
 
 Loss = Literal["distill", "labels"]
 Update = Callable[[], None]
+
+STEP_SHARE = 0.1  # learning rate of a step, relative to itself, as a share of the weights' rate in steps
+
+
+class WeightQuantizer(Protocol):
+    """A trained rounding of weights."""
+
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight's codes as float32, and their scale as `WeightCodes` has it."""
 
 
 def trainable_copy(network: nn.Module) -> nn.Module:
@@ -49,9 +59,35 @@ def attach(module: nn.Module, weight: nn.Module | None, activation: nn.Module | 
 
 def original_weight(module: nn.Module) -> nn.Parameter:
     """The trained float weight behind a module's parametrization."""
-    original = module.parametrizations["weight"].original  # type: ignore[union-attr, index]
-    assert isinstance(original, nn.Parameter)
+    parametrizations: Any = module.parametrizations
+    original: nn.Parameter = parametrizations["weight"].original
     return original
+
+
+def trained_weight(module: nn.Module, start: QuantizedLayer) -> tuple[WeightCodes, Tensor | None]:
+    """The weight and the bias that a trained module stands for, number for number, on the CPU."""
+    parametrizations: Any = module.parametrizations
+    quantizer: WeightQuantizer = parametrizations["weight"][0]
+    codes, scale = quantizer.codes(original_weight(module).detach())
+    bias = module.bias.detach().cpu().clone() if isinstance(module.bias, Tensor) else None
+    stored = codes.to(torch.int8).cpu().contiguous()
+    return WeightCodes(stored, scale.cpu().contiguous(), start.weight.block, start.weight.bits), bias
+
+
+def weight_groups(module: nn.Module, start: QuantizedLayer, rate: float) -> list[dict[str, Any]]:
+    """Adam's groups for a layer's weight and bias. A bias moves as if it had a grid as fine as the weight's."""
+    groups: list[dict[str, Any]] = [
+        {"params": [original_weight(module)], "lr": rate * float(start.weight.scale.mean())}
+    ]
+    if start.bias is not None and float(start.bias.abs().max()) > 0:
+        highest = signed_range(start.weight.bits)[1]
+        groups.append({"params": [module.bias], "lr": rate * float(start.bias.abs().max()) / highest})
+    return groups
+
+
+def step_group(step: Tensor, rate: float) -> dict[str, Any]:
+    """Adam's group for trained steps, or whatever else is measured in them."""
+    return {"params": [step], "lr": STEP_SHARE * rate * float(step.detach().abs().mean())}
 
 
 def shuffled(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -79,6 +115,7 @@ def train(
     steps: int,
     batch_size: int,
     loss: Loss,
+    temperature: float,
     seed: int,
     constraints: Sequence[Update],
     what: str,
@@ -87,21 +124,23 @@ def train(
     """Follow Adam with a cosine schedule for `steps` updates; returns the mean loss of the last tenth.
 
     teacher: the full-precision logits of all images, (n, classes). groups: Adam's parameter groups, each with its own
-    `lr`. loss: `distill` is KL(teacher || student); `labels` the cross-entropy with the images' labels. constraints
-    are called after each update, for instance to keep steps positive.
+    `lr`. loss: `distill` is KL(teacher || student), both at this temperature; `labels` the cross-entropy with the
+    images' labels. constraints are called after each update, for instance to keep steps positive.
     Raises NumericalError when the loss is no longer finite.
     """
     optimizer = torch.optim.Adam(list(groups))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     generator = torch.Generator().manual_seed(seed)
     rows_of = shuffled(len(images), min(batch_size, len(images)), generator)
-    target, last = log_softmax(teacher, -1), list[float]()
+    target, last = log_softmax(teacher / temperature, -1), list[float]()
     with progress.track(what, steps) as advance:
         for step in range(steps):
             rows = next(rows_of)
             logits = student(images.batch(rows).contiguous(memory_format=torch.channels_last))
             if loss == "distill":
-                value = kl_div(log_softmax(logits, -1), target[rows], reduction="batchmean", log_target=True)
+                value = kl_div(
+                    log_softmax(logits / temperature, -1), target[rows], reduction="batchmean", log_target=True
+                )
             else:
                 value = cross_entropy(logits, images.labels[rows])
             if not torch.isfinite(value):

@@ -1,0 +1,152 @@
+"""n2uq: train where the thresholds between activation levels lie, with evenly spaced levels behind them.
+
+Paper: Liu, Cheng, Huang, Xing, Shen, "Nonuniform-to-Uniform Quantization: Towards Accurate Quantization via Generalized
+Straight-Through Estimation", CVPR 2022 (arXiv 2111.14826).
+
+Faithful: learned intervals with the generalised straight-through gradient, a learned scale behind the levels, weights
+on an entropy-preserving grid (one symmetric step per output channel that follows the mean |w|, so that the codes are
+used about equally often), distillation from the full-precision network, first and last layer in full precision.
+Different:
+- The weights' grid contains zero, as integer kernels want it; the paper's lies half a step off.
+- At more than 4 bits, where the paper has no setting and an entropy-preserving grid would cut off every weight beyond
+  twice the mean, weights have learned steps as in `qat.py`.
+- Thresholds start evenly spaced where calibration put them (the paper: on [0, 2]) and batch norms are folded; no
+  learnable biases or PReLUs are added, the network stays the one it was.
+- Thresholds lie on a 16-bit grid over 1.5 times the calibrated range, while training and in the file.
+- Adam with rates relative to the steps, on calibration images only.
+
+Cost: a forward and a backward pass per step and image, and as much again for thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moqe.methods.vision.layer import QuantizedLayer, Uniform, signed_range
+from moqe.methods.vision.learned_thresholds import LearnedThresholds
+from moqe.methods.vision.lsq import LearnedStep
+from moqe.methods.vision.method import CalibrationImages, VisionResult
+from moqe.methods.vision.output_error import error_notes
+from moqe.methods.vision.ptq import integer_only, ptq_layers
+from moqe.methods.vision.qat import learned_weight
+from moqe.methods.vision.training import (
+    STEP_SHARE,
+    Update,
+    attach,
+    logits_of,
+    step_group,
+    train,
+    trainable_copy,
+    trained_weight,
+    weight_groups,
+)
+from moqe.models.convolutions import LayerSite
+from moqe.progress import Progress
+from moqe.recipe import Expert
+from moqe.schemes import Scheme
+
+ENTROPY_BITS = 4  # up to which weights take the entropy-preserving grid
+
+
+class EntropyWeight(nn.Module):
+    """Rounds a weight to steps of mean |w| / 2^(bits - 2) per output channel; gradients pass straight through.
+
+    A Laplacian or uniform weight then uses its 2^bits codes about equally: they reach to twice the mean.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The rounded weight, float32, (out, ...)."""
+        with torch.no_grad():
+            codes, step = self.codes(weight)
+            difference = codes.mul_(step.view(-1, *[1] * (weight.ndim - 1))).sub_(weight)
+        return weight + difference
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes as float32, (out, ...), and the step of each channel, (out,)."""
+        step = weight.abs().mean(tuple(range(1, weight.ndim)), keepdim=True) / 2 ** (self.bits - 2)
+        step = torch.where(step > 0, step, torch.ones_like(step))
+        return (weight / step).round_().clamp_(*signed_range(self.bits)), step.flatten()
+
+
+class N2uq:
+    """Learned thresholds in front of evenly spaced levels."""
+
+    name = "n2uq"
+    trained = True
+
+    def supports(self, scheme: Scheme) -> str:
+        """Integer schemes with quantized activations."""
+        return integer_only(scheme)
+
+    def fit(
+        self,
+        network: nn.Module,
+        sites: Sequence[LayerSite],
+        blocks: Sequence[str],
+        images: CalibrationImages,
+        scheme: Scheme,
+        expert: Expert,
+        seed: int,
+        progress: Progress,
+    ) -> VisionResult:
+        """See `VisionMethod.fit`."""
+        options = expert.n2uq
+        plain = ptq_layers(network, sites, images, scheme, seed)
+        start = [layer for layer in plain if layer.name not in (sites[0].name, sites[-1].name)]
+        student = trainable_copy(network)
+        modules = dict(student.named_modules())
+        thresholds = dict[str, LearnedThresholds]()
+        groups, constraints = list[dict[str, Any]](), list[Update]()
+        for layer in start:
+            assert isinstance(layer.input, Uniform)
+            module, weight = modules[layer.name], weight_quantizer(layer)
+            thresholds[layer.name] = LearnedThresholds(layer.input)
+            attach(module, weight, thresholds[layer.name])
+            groups += weight_groups(module, layer, options.learning_rate)
+            groups.append(threshold_group(thresholds[layer.name], options.learning_rate))
+            constraints.append(thresholds[layer.name].keep_valid)
+            if isinstance(weight, LearnedStep):
+                groups.append(step_group(weight.step, options.learning_rate))
+                constraints.append(weight.keep_positive)
+        last_loss = train(
+            student,
+            logits_of(network, images),
+            images,
+            groups,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            loss="distill",
+            temperature=options.temperature,
+            seed=seed,
+            constraints=constraints,
+            what=f"{expert.name}: training",
+            progress=progress,
+        )
+        layers = tuple(
+            QuantizedLayer(layer.name, *trained_weight(modules[layer.name], layer), thresholds[layer.name].stored())
+            for layer in start
+        )
+        notes = error_notes(network, layers, plain, images)
+        for note in notes.values():
+            note.update(steps=options.steps, final_loss=float(f"{last_loss:.6g}"))
+        return VisionResult(layers, notes)
+
+
+def weight_quantizer(start: QuantizedLayer) -> EntropyWeight | LearnedStep:
+    """The trainable weight quantizer for a plainly quantized layer."""
+    return EntropyWeight(start.weight.bits) if start.weight.bits <= ENTROPY_BITS else learned_weight(start)
+
+
+def threshold_group(thresholds: LearnedThresholds, rate: float) -> dict[str, Any]:
+    """Adam's group for a layer's thresholds and output scale, all measured in output levels."""
+    scale = float(thresholds.scale.detach())
+    return {"params": list(thresholds.parameters()), "lr": STEP_SHARE * rate * scale}
