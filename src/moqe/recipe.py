@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moqe.errors import RecipeError, did_you_mean
-from moqe.method_options import Awq, Brecq, Gptq, Ptq, Qat, Rtn, SmoothQuant
+from moqe.method_options import Awq, Brecq, DsConv, Gptq, N2uq, Ptq, Qat, Rtn, SmoothQuant
 from moqe.options import Options
 from moqe.store import canonical_hash
 
@@ -136,6 +136,8 @@ class Expert(Options):
     ptq: Ptq = Ptq()
     qat: Qat = Qat()
     brecq: Brecq = Brecq()
+    n2uq: N2uq = N2uq()
+    dsconv: DsConv = DsConv()
 
     @model_validator(mode="after")
     def _one_origin(self) -> Expert:
@@ -215,7 +217,7 @@ ONLY: dict[str, dict[type[Options], frozenset[str]]] = {
     "image-classification": {
         Source: frozenset({"label_column"}),
         Data: frozenset({"preprocessing"}),
-        Expert: frozenset({"base", "weights", "ptq", "qat", "brecq"}),
+        Expert: frozenset({"base", "weights"}) | {"ptq", "qat", "brecq", "n2uq", "dsconv"},
         Router: frozenset({"feature", "loss", "policy", "max_cost"}),
     },
 }
