@@ -20,6 +20,8 @@ import moqe
 from moqe import recipe as recipe_module
 from moqe.cli import app
 from moqe.methods import METHODS, check
+from moqe.methods.vision import VISION_METHODS
+from moqe.methods.vision.check import check as check_image_expert
 from moqe.recipe import Expert, Options
 from moqe.schemes import SCHEMES
 
@@ -28,12 +30,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = {
     "Recipe": "Top level",
     "Data": "data",
+    "Preprocessing": "preprocessing",
     "Source": "A source",
     "Expert": "experts",
     "Gptq": "gptq",
     "Awq": "awq",
     "SmoothQuant": "smoothquant",
     "Rtn": "rtn",
+    "Ptq": "ptq",
+    "Qat": "qat",
+    "Brecq": "brecq",
+    "N2uq": "n2uq",
+    "DsConv": "dsconv",
     "Router": "router",
     "Balance": "balance",
     "Protocol": "protocol",
@@ -86,7 +94,7 @@ def test_every_option_is_described_with_its_default(options: type[Options]) -> N
         assert documented[name][2] == shown(field), f"docs/recipe.md: the default of {name} is {shown(field)}"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", (*METHODS, *VISION_METHODS))
 def test_every_method_has_a_page_that_names_its_options(method: str) -> None:
     page = ROOT / "docs" / "methods" / f"{method}.md"
     assert f"]({method}.md)" in (page.parent / "index.md").read_text(encoding="utf-8")
@@ -127,7 +135,9 @@ def test_full_recipes_parse(content: str) -> None:
 def test_experts_in_examples_can_be_made(content: str) -> None:
     for entry in yaml.safe_load(content)["experts"]:
         expert = Expert.model_validate(entry)
-        if expert.method:
+        if expert.method in VISION_METHODS:
+            check_image_expert(expert)
+        elif expert.method:
             check(expert)
 
 
