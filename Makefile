@@ -1,15 +1,19 @@
-# make quickstart   install what users need, build a mixture of the bundled model and print its verdict
-# make test         install what developers need; lint, types, tests
-# make format       let ruff fix what it can
+# make quickstart          install what users need, build a mixture of the bundled language model, print its verdict
+# make quickstart-images   the same for the bundled image classifier
+# make test                install what developers need; lint, types, tests
+# make format              let ruff fix what it can
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test lint types unit format clean
+.PHONY: quickstart quickstart-images test lint types unit format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/moqe quickstart out/quickstart
+
+quickstart-images: $(VENV)/.vision
+	$(BIN)/moqe quickstart out/quickstart-images --task image-classification
 
 test: lint types unit
 
@@ -33,6 +37,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.vision: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[vision]'
 	touch $@
 
 $(VENV)/.developer: pyproject.toml constraints.txt | $(VENV)/bin/python
