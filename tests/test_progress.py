@@ -55,6 +55,14 @@ def test_a_build_shows_every_step(recipe_content: dict[str, Any], built: Path, t
     assert shown.finished()
 
 
+def test_a_dry_run_that_reads_texts_shows_it(recipe_content: dict[str, Any]) -> None:
+    recipe_content["data"]["router_samples"] = None
+    shown = Recorded()
+    moqe.plan(moqe.parse_recipe(recipe_content), progress=shown)
+    assert shown.names == ["read texts", "cut texts into windows"]
+    assert shown.finished()
+
+
 def test_judging_again_and_verifying_show_themselves(built: Path) -> None:
     shown = Recorded()
     moqe.evaluate(built, progress=shown)

@@ -136,7 +136,7 @@ def build(
     return BuildResult(place.path, parsed.hash, read_verdict(place.verdict), timings.seconds, timings.peak_bytes)
 
 
-def plan(recipe: Recipe | Path | str, device: str = "cpu") -> Plan:
+def plan(recipe: Recipe | Path | str, device: str = "cpu", progress: Progress | None = None) -> Plan:
     """Predict time, memory and disk of a build, and check the recipe, without making anything.
 
     Needs the base model's config.json only. Sample counts come from the recipe's limits, and from its data where it
@@ -147,7 +147,7 @@ def plan(recipe: Recipe | Path | str, device: str = "cpu") -> Plan:
         parsed.hash,
         parsed.base,
         {expert.name: expert.checkpoint or f"{expert.method} {expert.scheme}" for expert in parsed.experts},
-        TASKS[parsed.task].predict(parsed, device),
+        TASKS[parsed.task].predict(parsed, device, progress or Silent()),
     )
 
 

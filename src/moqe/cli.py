@@ -134,7 +134,7 @@ def build(
         from moqe.build import plan
         from moqe.evaluate.terminal import plan_table
 
-        prediction = plan(parsed, device).summary()
+        prediction = plan(parsed, device, Bars()).summary()
         if as_json:
             _emit(prediction)
         else:

@@ -164,3 +164,14 @@ def test_left_over_documents_are_logged(plain_tokenizer, caplog):
     caplog.set_level(logging.DEBUG, "moqe")
     pack_windows([Document("a" * 99, "d", ""), Document("b" * 5, "d", "")], plain_tokenizer, WINDOW)
     assert "domain d: 5 tokens in 1 documents fill no window" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_progress_counts_every_document_once(limit, plain_tokenizer):
+    documents = [Document(f"{i} " * 40, "ab"[i % 2], "") for i in range(300)]
+    told: list[int] = []
+    pack_windows(documents, plain_tokenizer, WINDOW, limit, advance=told.append)
+    assert sum(told) == 300
+    assert len(told) > 2
+    if limit is not None:
+        assert told[-1] > 100  # what the limit leaves out is told of at once

@@ -16,6 +16,7 @@ import torch
 from moqe.data.images import ImageSamples, make_image_splits
 from moqe.methods.vision import VISION_METHODS
 from moqe.models.estimate import FLOAT32, PROCESS_BYTES, Estimate
+from moqe.progress import Progress
 from moqe.recipe import Recipe
 from moqe.schemes import Scheme
 from moqe.tasks.image_expert_maker import expert_file_bytes
@@ -28,7 +29,9 @@ ACTIVATION_BATCH = 64
 _MEASURED_SECONDS = 0.5
 
 
-def estimate_images(recipe: Recipe, schemes: Mapping[str, Scheme], models: ImageModels, device: str) -> Estimate:
+def estimate_images(
+    recipe: Recipe, schemes: Mapping[str, Scheme], models: ImageModels, device: str, progress: Progress
+) -> Estimate:
     """Predict what making and scoring a recipe's experts takes.
 
     schemes: by expert name. The images themselves are read only where the recipe does not limit their number, or where
@@ -43,8 +46,12 @@ def estimate_images(recipe: Recipe, schemes: Mapping[str, Scheme], models: Image
     else:
         calibration, test = len(splits["calibration"]), len(splits["test"])
         router = len(splits["router_train"]) + len(splits["router_validation"])
-    folded = {name: _folded(models, name, splits, device) for name in (BASE, *schemes)}
-    seconds = {name: forward_seconds(one) for name, one in folded.items()}
+    folded, seconds = {}, {}
+    with progress.track("measure the models", 1 + len(schemes)) as advance:
+        for name in (BASE, *schemes):
+            folded[name] = _folded(models, name, splits, device)
+            seconds[name] = forward_seconds(folded[name])
+            advance(1)
     making = {
         expert.name: seconds[expert.name]
         * FAKE_QUANTIZATION
@@ -65,9 +72,7 @@ def estimate_images(recipe: Recipe, schemes: Mapping[str, Scheme], models: Image
     )
 
 
-def _folded(
-    models: ImageModels, name: str, splits: Mapping[str, ImageSamples] | None, device: str
-) -> FoldedClassifier:
+def _folded(models: ImageModels, name: str, splits: Mapping[str, ImageSamples] | None, device: str) -> FoldedClassifier:
     if splits is not None:
         return models.folded(name, splits["calibration"])
     size = models.of(name).preprocessing.size

@@ -68,11 +68,11 @@ class ImageTask:
         return self.metrics[0]
 
     @classmethod
-    def predict(cls, recipe: Recipe, device: str = "cpu") -> Estimate:
+    def predict(cls, recipe: Recipe, device: str, progress: Progress) -> Estimate:
         """What a build would take, from the models and the recipe's numbers of images."""
         check_device(device)
         schemes = {expert.name: check(expert) for expert in recipe.experts}
-        return estimate_images(recipe, schemes, ImageModels(recipe, device), device)
+        return estimate_images(recipe, schemes, ImageModels(recipe, device), device, progress)
 
     @cached_property
     def _splits(self) -> dict[str, ImageSamples]:

@@ -69,7 +69,7 @@ class LanguageTask:
         self._runtimes: dict[str, ReferenceRuntime] = {}
 
     @classmethod
-    def predict(cls, recipe: Recipe, device: str = "cpu") -> Estimate:
+    def predict(cls, recipe: Recipe, device: str, progress: Progress) -> Estimate:
         """What a build would take, from the base model's config."""
         check_device(device)
         schemes = {expert.name: check(expert) for expert in recipe.experts if expert.method}
@@ -77,7 +77,7 @@ class LanguageTask:
         data = recipe.data
         sizes = [data.calibration_samples, data.router_samples, data.test_samples]
         if None in sizes:
-            splits = make_splits(data, decoder.tokenizer, recipe.seed)
+            splits = make_splits(data, decoder.tokenizer, recipe.seed, progress)
             router = len(splits.router_train) + len(splits.router_validation)
             sizes = [len(splits.calibration), router, len(splits.test)]
         calibration, *scored = (size or 0 for size in sizes)

@@ -88,7 +88,7 @@ class Task(Protocol):
     def __init__(self, recipe: Recipe, folder: Path, device: str) -> None: ...
 
     @classmethod
-    def predict(cls, recipe: Recipe, device: str) -> Estimate:
+    def predict(cls, recipe: Recipe, device: str, progress: Progress) -> Estimate:
         """What a build would take; makes nothing. Raises what a build would raise about the recipe itself."""
 
     def splits(self) -> Mapping[str, Samples]:
