@@ -28,7 +28,7 @@ Cost: experts^2 averages of (samples, classes) in fitting; nothing but the secon
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,9 +102,9 @@ class Cascade:
 class CascadeDecision:
     """A cascade and why it is one.
 
-    cascade: what to deploy; with threshold 0 it is the plain route. gain: right answers per image over the plain route
-    on samples that neither the threshold nor the partners were chosen on, as a share. kept: whether that clears its
-    standard error. cost: mean forward passes, on the samples it was fitted to.
+    cascade: what to deploy; with threshold 0 it is the plain route. gain: right answers per image over those of the
+    first expert alone, on samples that neither the threshold nor the partners were chosen on, as a share. kept: whether
+    that clears its standard error. cost: mean forward passes, on the samples it was fitted to.
     """
 
     cascade: Cascade
@@ -154,8 +154,9 @@ def fit_guarded_cascade(
 
     unseen: bool, (n,): samples whose choice was made by a router that was not fitted to them; None means all. The best
     single expert needs no router and is judged on every sample; a cascade on the router's choice only on those. Each is
-    fitted without a fifth of the samples and judged on it, five times. The router's choice counts if it beats the best
-    single expert by more than the standard error of their difference, and the winner if it beats the plain route so.
+    fitted without a fifth of the samples and judged on it, five times. The cascade on the router's choice is taken if
+    it beats the one on the best single expert by more than the standard error of their difference, and the one taken is
+    kept if it beats its first experts' own answers by so much.
 
     Raises as `fit_cascade` does, and DataError for fewer than ten unseen samples.
     """
@@ -163,39 +164,53 @@ def fit_guarded_cascade(
     known = torch.arange(len(choice)) if unseen is None else torch.where(unseen)[0]
     if len(known) < 2 * FOLDS:
         raise DataError(f"a cascade needs at least {2 * FOLDS} samples new to the router, and there are {len(known)}")
-    names = [str(row) for row in range(len(known))]
     single = int((probabilities.argmax(2) == labels[:, None]).double().mean(0).argmax())
-    constant = torch.full_like(choice, single)
-    route, answers, label = choice[known], probabilities[known], labels[known]
+    samples = _Samples(torch.full_like(choice, single), probabilities, labels)
+    routed = _Samples(choice[known], probabilities[known], labels[known])
+    on_single, on_route = (part.right_unseen(max_cost, seed) for part in (samples, routed))
 
-    on_single = _right_unseen(constant, probabilities, labels, max_cost, seed)[known]
-    on_route = _right_unseen(route, answers, label, max_cost, seed)
-    if _clears(clustered_mean(on_route - on_single, names)):
-        cascade, right, asked = fit_cascade(route, answers, label, max_cost), on_route, route
-    else:
-        fitted = fit_cascade(constant, probabilities, labels, max_cost)
-        cascade, right, asked = Cascade(fitted.threshold, fitted.second, single), on_single, constant[known]
-    plain = _right(answers[torch.arange(len(known)), route], label)
-    gain = clustered_mean(right - plain, names)
+    by_router = _clears(_mean(on_route - on_single[known]))
+    taken, right = (routed, on_route) if by_router else (samples, on_single)
+    fitted = fit_cascade(taken.choice, taken.probabilities, taken.labels, max_cost)
+    gain = _mean(right - _right(taken.alone, taken.labels))
     if not _clears(gain):
-        return CascadeDecision(Cascade(0.0, cascade.second), False, gain, 1.0)
-    return CascadeDecision(cascade, True, gain, float(cascade.answer(asked, answers).cost.mean()))
+        return CascadeDecision(Cascade(0.0, fitted.second), False, gain, 1.0)
+    cost = float(fitted.answer(taken.choice, taken.probabilities).cost.mean())
+    return CascadeDecision(replace(fitted, always_first=None if by_router else single), True, gain, cost)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Who answers first, int64 (n,); everybody's probabilities, (n, experts, classes); labels, int64 (n,)."""
+
+    choice: Tensor
+    probabilities: Tensor
+    labels: Tensor
+
+    @property
+    def alone(self) -> Tensor:
+        """What the first experts answer: (n, classes)."""
+        return self.probabilities[torch.arange(len(self.choice)), self.choice]
+
+    def select(self, rows: Tensor) -> _Samples:
+        """The samples at some rows, by mask."""
+        return _Samples(self.choice[rows], self.probabilities[rows], self.labels[rows])
+
+    def right_unseen(self, max_cost: float, seed: int) -> Tensor:
+        """Right answers of cascades that were fitted without the sample's fold: float64, (n,)."""
+        fold = torch.randperm(len(self.choice), generator=torch.Generator().manual_seed(seed)) % FOLDS
+        right = torch.zeros(len(self.choice), dtype=torch.float64)
+        for held_out in range(FOLDS):
+            others, judged = self.select(fold != held_out), self.select(fold == held_out)
+            cascade = fit_cascade(others.choice, others.probabilities, others.labels, max_cost)
+            answer = cascade.answer(judged.choice, judged.probabilities)
+            right[fold == held_out] = _right(answer.probabilities, judged.labels)
+        return right
 
 
 def _right(probabilities: Tensor, labels: Tensor) -> Tensor:
     """1 for a right answer, 0 for a wrong one: (n, classes), (n,) -> float64 (n,)."""
     return (probabilities.argmax(1) == labels).double()
-
-
-def _right_unseen(choice: Tensor, probabilities: Tensor, labels: Tensor, max_cost: float, seed: int) -> Tensor:
-    """Right answers of cascades that were fitted without the sample's fold: float64, (n,)."""
-    fold = torch.randperm(len(choice), generator=torch.Generator().manual_seed(seed)) % FOLDS
-    right = torch.zeros(len(choice), dtype=torch.float64)
-    for held_out in range(FOLDS):
-        fitted, judged = fold != held_out, fold == held_out
-        cascade = fit_cascade(choice[fitted], probabilities[fitted], labels[fitted], max_cost)
-        right[judged] = _right(cascade.answer(choice[judged], probabilities[judged]).probabilities, labels[judged])
-    return right
 
 
 def _partners(probabilities: Tensor, labels: Tensor, threshold: float) -> tuple[int, ...]:
@@ -222,6 +237,11 @@ def _affordable(samples: int, max_cost: float) -> int:
     upper = (share + _Z**2 / (2.0 * samples) + _Z * spread) / (1.0 + _Z**2 / samples)
     upper[0] = 0.0  # nobody is asked: no estimate is needed
     return int((upper <= max_cost - 1.0 + 1e-12).nonzero().max())
+
+
+def _mean(values: Tensor) -> ClusteredMean:
+    """The mean over images, each of which is a document of its own."""
+    return clustered_mean(values, [str(row) for row in range(len(values))])
 
 
 def _clears(mean: ClusteredMean) -> bool:
