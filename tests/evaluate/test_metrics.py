@@ -20,3 +20,17 @@ def test_better_follows_the_metric() -> None:
     assert METRICS["top1"].best(values, 1).tolist() == [1, 0]
     assert METRICS["nats_per_token"].gain(np.array([2.0]), np.array([1.5]))[0] == 0.5
     assert METRICS["top1"].gain(np.array([0.5]), np.array([0.75]))[0] == 0.25
+
+
+def test_costs_are_to_be_made_small() -> None:
+    values = np.array([0.0, 1.0, 0.75])
+    assert METRICS["cross_entropy"].cost(values).tolist() == values.tolist()
+    assert METRICS["top1"].cost(values).tolist() == [1.0, 0.0, 0.25]
+    assert METRICS["top1"].value_of_cost(0.25) == 0.75
+    assert METRICS["cross_entropy"].value_of_cost(0.25) == 0.25
+
+
+def test_every_metric_is_known_by_its_name() -> None:
+    assert all(metric.name == name for name, metric in METRICS.items())
+    assert {name for name, metric in METRICS.items() if metric.binary} == {"top1", "top5"}
+    assert {name for name, metric in METRICS.items() if metric.is_nats} == {"nats_per_token"}

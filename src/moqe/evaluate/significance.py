@@ -9,7 +9,9 @@ Percentile intervals are somewhat too narrow below about 20 documents; below MIN
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from moqe.evaluate.loss_table import Floats
 CONFIDENCE = 0.95
 MINIMUM_DOCUMENTS = 6  # with fewer pairs no two-sided signed-rank test can reach p < 0.05
 _BLOCK = 256  # resamples drawn at a time, to bound memory
+_REMEMBERED = 2**24  # draws of one resampling that are kept for the next call, 64 MiB
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Interval:
     """A value with its 95 % bootstrap interval.
 
     low and high are None when there are fewer than two documents to resample; p is that of a difference, and None for a
-    value that is none (see `paired_intervals`).
+    value that is none or that no test fits (see `paired_intervals`).
     """
 
     value: float
@@ -61,16 +64,31 @@ def resampled_ratios(
     the same documents, resamples and seed come from the same draws.
     """
     sums = document_sums(document, np.concatenate([numerators, denominator[:, None]], axis=1))
-    n = len(sums)
-    generator = np.random.default_rng(seed)
     ratios = np.empty((resamples, numerators.shape[1]))
-    for start in range(0, resamples, _BLOCK):
-        block = slice(start, min(start + _BLOCK, resamples))
-        weights = generator.multinomial(n, np.full(n, 1 / n), size=block.stop - block.start).astype(np.float64)
+    start = 0
+    for drawn in _resamples(len(sums), resamples, seed):
         # einsum and not BLAS: the order of additions, hence the last bit, must not depend on the number of threads
-        totals = np.einsum("bd,dk->bk", weights, sums, optimize=False)
-        ratios[block] = totals[:, :-1] / totals[:, -1:]
+        totals = np.einsum("bd,dk->bk", drawn.astype(np.float64), sums, optimize=False)
+        ratios[start : start + len(drawn)] = totals[:, :-1] / totals[:, -1:]
+        start += len(drawn)
     return ratios
+
+
+def _resamples(n: int, resamples: int, seed: int) -> Iterable[NDArray[np.uint32]]:
+    """How often each of n documents is in each resample, in blocks of resamples: (block, n)."""
+    return _remembered(n, resamples, seed) if n * resamples <= _REMEMBERED else _draw(n, resamples, seed)
+
+
+def _draw(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.uint32]]:
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, _BLOCK):
+        size = min(_BLOCK, resamples - start)
+        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.uint32)
+
+
+@lru_cache(maxsize=1)  # drawing takes most of the time, and a verdict resamples the same documents several times
+def _remembered(n: int, resamples: int, seed: int) -> tuple[NDArray[np.uint32], ...]:
+    return tuple(_draw(n, resamples, seed))
 
 
 def percentile_interval(resampled: Floats) -> tuple[float, float]:
@@ -122,13 +140,15 @@ def paired_intervals(
     """The paired difference of every column of `values`, (n, k), to `reference`, (n,): interval and p.
 
     p is Wilcoxon's over documents. Where samples are `binary`, right or wrong, and each is a document of its own, it is
-    McNemar's, but for columns of expected values, which are neither.
+    McNemar's; a column of expected values, which are neither, has none then.
     """
-    found = intervals(document, values - reference[:, None], denominator, resamples, seed, differences=True)
-    if not binary or len(np.unique(document)) != len(document) or not _is_binary(reference):
+    each_alone = binary and len(np.unique(document)) == len(document)
+    changes = values - reference[:, None]
+    found = intervals(document, changes, denominator, resamples, seed, differences=not each_alone)
+    if not each_alone:
         return found
     return [
-        replace(interval, p=mcnemar(reference == 1, column == 1)) if _is_binary(column) else interval
+        replace(interval, p=mcnemar(reference == 1, column == 1) if _is_binary(column) else None)
         for interval, column in zip(found, values.T, strict=True)
     ]
 

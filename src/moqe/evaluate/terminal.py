@@ -122,7 +122,7 @@ def _main_table(verdict: Verdict, found: ProtocolVerdict) -> Table:
 
 def _in_two_lines(metric: Metric) -> str:
     """A metric's label as a narrow title."""
-    return metric.label.replace(" per ", " per\n").replace(" accuracy", "\naccuracy")
+    return metric.label.replace(" per ", " per\n").replace(" accuracy, ", "\n")
 
 
 def _cells(line: Line, metric: Metric, also: Sequence[str]) -> list[Text]:
