@@ -75,11 +75,10 @@ def open_classifier(
     library is missing.
     """
     opened = open_origin(base, weights)
-    network = opened.network.float().eval().requires_grad_(False).to(check_device(device))
-    _check_full_precision(network, base)
+    _check_full_precision(opened.network, base)
     chosen = _preprocessing(base, opened, preprocessing)
-    if opened.returns_mapping:
-        network = Logits(network)
+    network = Logits(opened.network) if opened.returns_mapping else opened.network
+    network = network.float().eval().requires_grad_(False).to(check_device(device))
     classes = _classes(network, chosen, base)
     if opened.labels is not None and len(opened.labels) != classes:
         raise ModelError(f"{base} names {len(opened.labels)} classes and returns {classes} logits: its config is wrong")

@@ -113,8 +113,8 @@ def _timm(name: str, weights: str) -> Opened:
     except (RuntimeError, OSError, ValueError) as error:
         hint = _close(name.split(".")[0], timm.list_models())
         raise ModelError(
-            f"timm cannot open {name!r} ({_line(error)}){hint}: check the name and the network, or give a state dict as "
-            "weights"
+            f"timm cannot open {name!r} ({_line(error)}){hint}: check the name and the network, or give a "
+            "state dict as weights"
         ) from error
     if weights:
         load_state(network, Path(weights).expanduser())
