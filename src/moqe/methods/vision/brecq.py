@@ -31,7 +31,7 @@ from moqe.methods.vision.fisher import fisher_weights
 from moqe.methods.vision.layer import QuantizedLayer, Uniform, WeightCodes, signed_range
 from moqe.methods.vision.learned_rounding import LearnedRounding
 from moqe.methods.vision.lsq import LearnedStep
-from moqe.methods.vision.method import CalibrationImages, VisionResult
+from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
 from moqe.methods.vision.observe import batches, with_outputs
 from moqe.methods.vision.output_error import error_notes
 from moqe.methods.vision.ptq import integer_only, output_names, ptq_layers
@@ -53,6 +53,11 @@ class Brecq:
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""
         return integer_only(scheme)
+
+    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+        """See `VisionMethod`."""
+        # Every block is trained alone, from its own inputs and targets, found by running what comes before it twice.
+        return (PASSES + 3 + blocks) * images + 3 * expert.brecq.steps * expert.brecq.batch_size
 
     def fit(
         self,

@@ -36,7 +36,7 @@ from torch.nn.functional import pad
 from moqe.errors import UnsupportedLayer
 from moqe.methods.grids import round_to_grid, searched_grid
 from moqe.methods.vision.layer import BlockFloat, QuantizedLayer, WeightCodes
-from moqe.methods.vision.method import CalibrationImages, VisionResult
+from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
 from moqe.methods.vision.observe import observe
 from moqe.methods.vision.output_error import error_notes
 from moqe.methods.vision.ptq import integer_only, ptq_layers, round_weight
@@ -66,6 +66,10 @@ class DsConv:
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""
         return integer_only(scheme)
+
+    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+        """See `VisionMethod`."""
+        return PASSES * images + 3 * expert.dsconv.steps * expert.dsconv.batch_size
 
     def fit(
         self,

@@ -18,6 +18,8 @@ from moqe.progress import Progress
 from moqe.recipe import Expert
 from moqe.schemes import Scheme
 
+PASSES = 6  # over the calibration images, whatever the method: ptq's ranges, and errors for the certificate
+
 
 class CalibrationImages(Protocol):
     """Preprocessed images that a method may look at. Their labels are used only where a method says so."""
@@ -53,6 +55,9 @@ class VisionMethod(Protocol):
 
     def supports(self, scheme: Scheme) -> str:
         """Empty if the method makes this scheme, else one sentence: why not, and what to write instead."""
+
+    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+        """About how many forward passes of one image `fit` takes, a step of training counted as three."""
 
     def fit(
         self,

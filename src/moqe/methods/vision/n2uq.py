@@ -3,13 +3,14 @@
 Paper: Liu, Cheng, Huang, Xing, Shen, "Nonuniform-to-Uniform Quantization: Towards Accurate Quantization via Generalized
 Straight-Through Estimation", CVPR 2022 (arXiv 2111.14826).
 
-Faithful: learned intervals with the generalised straight-through gradient, a learned scale behind the levels, weights
-on an entropy-preserving grid (one symmetric step per output channel that follows the mean |w|, so that the codes are
-used about equally often), distillation from the full-precision network, first and last layer in full precision.
+Faithful: learned intervals with the generalised straight-through gradient, a learned scale behind the levels,
+distillation from the full-precision network, first and last layer in full precision.
 Different:
-- The weights' grid contains zero, as integer kernels want it; the paper's lies half a step off.
-- At more than 4 bits, where the paper has no setting and an entropy-preserving grid would cut off every weight beyond
-  twice the mean, weights have learned steps as in `qat.py`.
+- Weights have learned steps as in qat. The paper's entropy-preserving grid (`weights: entropy`: the step of an output
+  channel follows its mean |w|, so that all codes are used about equally often) cuts off every weight beyond twice the
+  mean. Networks trained from the start for many epochs adapt to that; a trained one loses everything at first, and a
+  minute does not bring it back. That grid contains zero here, as integer kernels want it; the paper's lies half a step
+  off.
 - Thresholds start evenly spaced where calibration put them (the paper: on [0, 2]) and batch norms are folded; no
   learnable biases or PReLUs are added, the network stays the one it was.
 - Thresholds lie on a 16-bit grid over 1.5 times the calibrated range, while training and in the file.
@@ -21,7 +22,7 @@ Cost: a forward and a backward pass per step and image, and as much again for th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from moqe.methods.vision.layer import QuantizedLayer, Uniform, signed_range
 from moqe.methods.vision.learned_thresholds import LearnedThresholds
 from moqe.methods.vision.lsq import LearnedStep
-from moqe.methods.vision.method import CalibrationImages, VisionResult
+from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
 from moqe.methods.vision.output_error import error_notes
 from moqe.methods.vision.ptq import integer_only, ptq_layers
 from moqe.methods.vision.qat import learned_weight
@@ -48,8 +49,6 @@ from moqe.models.convolutions import LayerSite
 from moqe.progress import Progress
 from moqe.recipe import Expert
 from moqe.schemes import Scheme
-
-ENTROPY_BITS = 4  # up to which weights take the entropy-preserving grid
 
 
 class EntropyWeight(nn.Module):
@@ -87,6 +86,10 @@ class N2uq:
         """Integer schemes with quantized activations."""
         return integer_only(scheme)
 
+    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+        """See `VisionMethod`."""
+        return PASSES * images + 3 * expert.n2uq.steps * expert.n2uq.batch_size
+
     def fit(
         self,
         network: nn.Module,
@@ -108,7 +111,7 @@ class N2uq:
         groups, constraints = list[dict[str, Any]](), list[Update]()
         for layer in start:
             assert isinstance(layer.input, Uniform)
-            module, weight = modules[layer.name], weight_quantizer(layer)
+            module, weight = modules[layer.name], weight_quantizer(layer, options.weights)
             thresholds[layer.name] = LearnedThresholds(layer.input)
             attach(module, weight, thresholds[layer.name])
             groups += weight_groups(module, layer, options.learning_rate)
@@ -141,9 +144,9 @@ class N2uq:
         return VisionResult(layers, notes)
 
 
-def weight_quantizer(start: QuantizedLayer) -> EntropyWeight | LearnedStep:
+def weight_quantizer(start: QuantizedLayer, grid: Literal["learned", "entropy"]) -> EntropyWeight | LearnedStep:
     """The trainable weight quantizer for a plainly quantized layer."""
-    return EntropyWeight(start.weight.bits) if start.weight.bits <= ENTROPY_BITS else learned_weight(start)
+    return EntropyWeight(start.weight.bits) if grid == "entropy" else learned_weight(start)
 
 
 def threshold_group(thresholds: LearnedThresholds, rate: float) -> dict[str, Any]:

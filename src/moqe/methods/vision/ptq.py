@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moqe.errors import UnsupportedLayer
 from moqe.methods.grids import round_to_grid, searched_grid
 from moqe.methods.vision.layer import QuantizedLayer, WeightCodes
-from moqe.methods.vision.method import CalibrationImages, VisionResult
+from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
 from moqe.methods.vision.observe import observe, uniform_for, with_outputs
 from moqe.methods.vision.output_error import error_notes
 from moqe.models.convolutions import LayerSite
@@ -41,6 +41,10 @@ class Ptq:
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""
         return integer_only(scheme)
+
+    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+        """See `VisionMethod`."""
+        return PASSES * images
 
     def fit(
         self,

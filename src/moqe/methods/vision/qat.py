@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from moqe.methods.vision.layer import QuantizedLayer, Uniform, signed_range
 from moqe.methods.vision.lsq import LearnedStep
-from moqe.methods.vision.method import CalibrationImages, VisionResult
+from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
 from moqe.methods.vision.observe import with_outputs
 from moqe.methods.vision.output_error import error_notes
 from moqe.methods.vision.ptq import integer_only, output_names, ptq_layers
@@ -56,6 +56,10 @@ class Qat:
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""
         return integer_only(scheme)
+
+    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+        """See `VisionMethod`."""
+        return PASSES * images + 3 * expert.qat.steps * expert.qat.batch_size
 
     def fit(
         self,
