@@ -43,7 +43,8 @@ def require_onnx(purpose: str) -> Any:
 def export_float_graph(network: nn.Module, image_shape: Sequence[int]) -> Any:
     """A classifier as an ONNX model in float32 with a free batch size: `pixels`, (batch, 3, h, w), to `logits`.
 
-    network: float32, in eval mode, convolution and batch norm folded; it is not changed. image_shape: (3, h, w).
+    network: float32, in eval mode, convolution and batch norm folded; it is not changed. image_shape: of one input,
+    (3, h, w), or (features,) for a network that takes vectors, such as a router.
     Raises ModelError when torch cannot export it, MissingExtra without the packages onnx and onnxscript.
     """
     require_onnx("writing an ONNX file")

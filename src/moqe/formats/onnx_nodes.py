@@ -54,7 +54,7 @@ def add_weight(graph: Graph, layer: str, weight: WeightCodes, transposed: bool) 
     scale = graph.constant(f"{name}_scale", _float32(weight.scale))
     integers = name
     if weight.bits < 8:
-        integers, scale = _widened(graph, name, 1 << (8 - weight.bits))
+        integers, scale = _widened(graph, name, widening(weight.bits))
     result = f"{name}_float"
     if weight.block:
         graph.add("DequantizeLinear", [integers, scale], result, axis=1, block_size=weight.block)
@@ -64,6 +64,11 @@ def add_weight(graph: Graph, layer: str, weight: WeightCodes, transposed: bool) 
     if transposed:  # the codes rather than the floats: products of integers have no transposed weight
         integers = graph.add("Transpose", [integers], f"{name}_transposed", perm=[1, 0])
     return graph.add("DequantizeLinear", [integers, scale, zero], result, axis=1 if transposed else 0)
+
+
+def widening(bits: int) -> int:
+    """The power of two by which codes of so many bits are multiplied before they meet integer kernels."""
+    return 1 << (8 - bits)
 
 
 def _widened(graph: Graph, name: str, factor: int) -> tuple[str, str]:

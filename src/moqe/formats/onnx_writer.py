@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moqe.errors import ModelError, UnsupportedLayer
+from moqe.errors import ModelError, NumericalError, UnsupportedLayer
+from moqe.formats.onnx_biases import bias_steps
 from moqe.formats.onnx_graph import Graph, attributes, export_float_graph, require_onnx
 from moqe.formats.onnx_nodes import add_quantizer, add_weight, same_quantizer
 from moqe.methods.vision.layer import InputQuantizer, QuantizedLayer, Thresholds, Uniform
@@ -39,7 +40,8 @@ def write_onnx_expert(
 
     image_shape: (3, h, w). metadata: texts to keep in the file, which `read_onnx_metadata` gives back.
     Raises ModelError when the network cannot be exported or has other layers; UnsupportedLayer, naming it, for a layer
-    whose product does not take the module's own weight exactly once; MissingExtra without onnx.
+    whose product does not take the module's own weight exactly once; NumericalError for numbers that a file or an
+    integer kernel cannot hold; MissingExtra without onnx.
     """
     model = build_onnx_model(export_float_graph(network, image_shape), network, layers, metadata or {})
     with atomic(path) as partial:
@@ -57,6 +59,7 @@ def build_onnx_model(
     modules = dict(network.named_modules())
     for layer in layers:
         _check(graph, layer, modules.get(layer.name))
+        _check_bias_fits(layer)
     _make_room(graph, {layer.name for layer in layers})
     for layer in layers:
         _write_product(graph, layer)
@@ -93,6 +96,16 @@ def _check(graph: Graph, layer: QuantizedLayer, module: nn.Module | None) -> Non
     nothing = own is None or not bool(own.any())  # the exporter drops a bias that is all zero
     if not (nothing if bias is None else own is not None and np.array_equal(bias, _numpy(own))):
         raise UnsupportedLayer(f"{layer.name} does not add its own bias as it is: keep this layer in full precision")
+
+
+def _check_bias_fits(layer: QuantizedLayer) -> None:
+    """Refuse a bias that integer kernels would cut without a word."""
+    steps = bias_steps(layer)
+    if layer.bias is not None and steps is not None and bool((layer.bias.abs() > 2.0**31 * steps).any()):
+        raise NumericalError(
+            f"{layer.name}: a bias does not fit into 32-bit steps of input scale times weight scale: pass the layers "
+            "through integer_biases"
+        )
 
 
 def _bias_of(graph: Graph, layer: str, node: Any) -> np.ndarray[Any, Any] | None:

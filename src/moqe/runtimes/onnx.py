@@ -47,20 +47,18 @@ class OnnxRuntime:
         (self._input,), (self._output,) = self._session.get_inputs(), self._session.get_outputs()
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the file takes."""
-        channels, height, width = self._input.shape[1:]
-        return int(channels), int(height), int(width)
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one input: channels, height and width of an image, (3, h, w), or a router's (features,)."""
+        return tuple(int(size) for size in self._input.shape[1:])
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of preprocessed images: float32, (n, classes) on the CPU, for float32, (n, 3, h, w).
 
         Raises DataError for images of another shape, NumericalError when a logit is not finite.
         """
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
-            raise DataError(
-                f"{self.path} takes images of shape (n, {', '.join(map(str, self.image_shape))}), not {tuple(x.shape)}"
-            )
+        if tuple(x.shape[1:]) != self.image_shape:
+            expected = ", ".join(["n", *map(str, self.image_shape)])
+            raise DataError(f"{self.path} takes images of shape ({expected}), not {tuple(x.shape)}")
         images = x.detach().to("cpu", torch.float32)
         parts = [self._run(part) for part in torch.split(images, self.max_batch) if len(part)]
         if not parts:
