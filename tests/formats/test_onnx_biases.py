@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqe.formats.onnx_biases import bias_steps, integer_biases
@@ -19,6 +19,7 @@ def layer(seed: int, bits: int, exponent: float, input_scale: float) -> Quantize
     return QuantizedLayer("layer", weight, torch.randn(6, generator=random), Uniform(float32(input_scale), 0, 8))
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 999), bits=st.integers(2, 8), exponent=st.floats(-30, 0), scale=st.floats(1e-3, 10))
 def test_biases_are_held_and_hardly_moved(seed: int, bits: int, exponent: float, scale: float) -> None:
     before = layer(seed, bits, exponent, scale)

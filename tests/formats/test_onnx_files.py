@@ -112,6 +112,7 @@ def test_any_layers_round_trip(layers: tuple[QuantizedLayer, ...], tmp_path_fact
     assert_same(read_onnx_layers(path), layers)
 
 
+@settings(deadline=None)
 @given(rises=st.lists(st.integers(0, 65536), max_size=255))
 def test_tables_and_thresholds_are_the_same_thing(rises: list[int]) -> None:
     table = table_of(np.array(sorted(rises), np.int64))
