@@ -28,9 +28,22 @@ from moqe.errors import DataError, MissingExtra
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _SINGLE = frozenset({"MPO"})  # photographs with a second picture for depth or brightness: no animation
 _DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 _DEEPEST = 65535
+# What Pillow's decoders raise on bytes that make no sense.
+_FROM_NONSENSE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 def is_animated(content: bytes, name: str) -> bool:
@@ -38,7 +51,7 @@ def is_animated(content: bytes, name: str) -> bool:
 
     Raises DataError, naming the image, when it is none, or too large. Cheap: no pixel is decoded.
     """
-    with _open(content, name) as image:
+    with _open(content, name) as image, _explained(name, "is damaged or truncated"):
         return image.format not in _SINGLE and bool(getattr(image, "is_animated", False))
 
 
@@ -80,7 +93,9 @@ def _open(content: bytes, name: str) -> Iterator[Image]:
         # Pillow warns from half its limit on and speaks up above it; nothing else it says is of use here.
         warnings.simplefilter("ignore")
         with _explained(name, "is not an image that Pillow can read"):
-            image = Image.open(io.BytesIO(content))
+            Image.init()
+            # An older Pillow does not know them all.
+            image = Image.open(io.BytesIO(content), formats=[kind for kind in _FORMATS if kind in Image.OPEN])
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(name, f"{image.width:,} x {image.height:,} pixels")
@@ -95,8 +110,7 @@ def _explained(name: str, problem: str) -> Iterator[None]:
         yield
     except DecompressionBombError as error:
         raise _too_large(name, str(error)) from None
-    except (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error) as error:
-        # Pillow's decoders raise any of these on bytes that make no sense; its sentence mentions the buffer
+    except _FROM_NONSENSE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = "it has no header of a known format" if "cannot identify image file" in reason else reason
         raise DataError(f"{name} {problem} ({reason}): repair or remove it") from error
