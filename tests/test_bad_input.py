@@ -84,6 +84,7 @@ def test_recipes_that_cannot_be_built(
     assert code == 2
     assert message in said
     assert "Traceback" not in said
+    assert not (tmp_path / "m").exists()
 
 
 def test_not_yaml_and_not_there(tmp_path: Path, run: Run) -> None:

@@ -72,13 +72,14 @@ def test_judging_again_and_verifying_show_themselves(built: Path) -> None:
     assert shown.finished()
 
 
-def test_an_opened_mixture_shows_what_it_verifies(built: Path) -> None:
+def test_an_opened_mixture_shows_what_it_verifies_loads_and_writes(built: Path) -> None:
     shown = Recorded()
     mixture = moqe.load(built, progress=shown)
     assert shown.names == ["verify files (MiB)"]
-    mixture.runtime("gptq")
-    assert shown.names == ["verify files (MiB)"] * 2
+    mixture.generate("one two", expert="gptq", max_new_tokens=3)
+    assert shown.names == ["verify files (MiB)", "verify files (MiB)", "load gptq", "generate"]
     assert shown.finished()
+    assert shown.bars[2][2] > 10
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])

@@ -110,7 +110,7 @@ class LanguageMixture(Mixture):
         """The runtime of one expert, loaded and verified on first use. Raises MoqeError on an unknown name."""
         if expert not in self._runtimes:
             files = open_expert(self._verified(expert))
-            self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert)
+            self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert, progress=self._progress)
         return self._runtimes[expert]
 
     def _choose(self, ids: Tensor, expert: str | None) -> tuple[str, str]:

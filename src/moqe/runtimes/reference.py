@@ -26,6 +26,7 @@ from moqe.errors import CheckpointError, DataError, ModelError, NumericalError
 from moqe.formats.expert_files import ExpertFiles
 from moqe.formats.safetensors_folder import in_block
 from moqe.models.activations import quantize_inputs
+from moqe.progress import Advance, Progress, Silent, ignore
 
 _LOGIT_ELEMENTS = 1 << 24  # logits held at once while scoring: 64 MiB of float32
 
@@ -34,7 +35,8 @@ class ReferenceRuntime:
     """Runs an expert, or the base model where `expert` is None, on a full-precision skeleton. Satisfies `Runtime`.
 
     model: a causal language model of transformers in float32, with its head after its last layer. name: the expert's,
-    for errors. max_batch_tokens: tokens per forward pass; losses are made in the same batches every time.
+    for errors. max_batch_tokens: tokens per forward pass; losses are made in the same batches every time. progress:
+    shows the loading of the expert and the generation of text; whoever scores many windows shows that.
     Nothing is loaded before the first use, which raises CheckpointError when the expert does not fit the skeleton.
     """
 
@@ -47,9 +49,11 @@ class ReferenceRuntime:
         *,
         name: str = "base",
         max_batch_tokens: int = 2048,
+        progress: Progress | None = None,
     ) -> None:
         self._skeleton, self._expert = model, expert
         self.expert_name, self.max_batch_tokens = name, max_batch_tokens
+        self._progress = progress or Silent()
         self._loaded: _Parts | None = None
         self._lock = threading.Lock()
 
@@ -118,20 +122,25 @@ class ReferenceRuntime:
         random = torch.Generator().manual_seed(seed)
         new: list[int] = []
         inputs, cache = tokens, None
-        while len(new) < max_new_tokens:
-            output = parts.body(input_ids=inputs.to(parts.device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits = parts.head(output.last_hidden_state[:, -1]).float().cpu()[0]  # (vocabulary,)
-            if not torch.isfinite(logits).all():
-                raise NumericalError(f"expert {self.expert_name}: logits are not finite; build it again or remove it")
-            if temperature > 0:
-                token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=random))
-            else:
-                token = int(logits.argmax())
-            if token in stop:
-                break
-            new.append(token)
-            inputs = torch.tensor([[token]])
+        with self._progress.track("generate", max_new_tokens) as advance:
+            while len(new) < max_new_tokens:
+                output = parts.body(input_ids=inputs.to(parts.device), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits = parts.head(output.last_hidden_state[:, -1]).float().cpu()[0]  # (vocabulary,)
+                if not torch.isfinite(logits).all():
+                    raise NumericalError(
+                        f"expert {self.expert_name}: logits are not finite; build it again or remove it"
+                    )
+                if temperature > 0:
+                    token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=random))
+                else:
+                    token = int(logits.argmax())
+                if token in stop:
+                    break
+                new.append(token)
+                inputs = torch.tensor([[token]])
+                advance(1)
+            advance(max_new_tokens - len(new))
         return new
 
     def _parts(self) -> _Parts:
@@ -139,7 +148,8 @@ class ReferenceRuntime:
             if self._loaded is None:
                 model = share(self._skeleton)
                 if self._expert is not None:
-                    install(model, self._expert, self.expert_name)
+                    with self._progress.track(f"load {self.expert_name}", len(self._expert.names())) as advance:
+                        install(model, self._expert, self.expert_name, advance)
                 self._loaded = _Parts(model)
             return self._loaded
 
@@ -171,12 +181,12 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
-def install(model: nn.Module, expert: ExpertFiles, expert_name: str) -> None:
+def install(model: nn.Module, expert: ExpertFiles, expert_name: str, advance: Advance = ignore) -> None:
     """Give a shared copy the expert's parameters and the quantization of its activations.
 
     The skeleton's blocks may lie on the meta device: the expert fills them. Parameters equal to the model's stay shared
-    with it. Raises CheckpointError when the expert has parameters the model
-    lacks, other shapes, or too few to cover the decoder's blocks; NumericalError when a weight is not finite.
+    with it. `advance` is told of each of the expert's parameters. Raises CheckpointError when the expert has parameters
+    the model lacks, other shapes, or too few to cover the decoder's blocks; NumericalError when a weight is not finite.
     """
     device = next(tensor.device for tensor in model.parameters() if not tensor.is_meta)
     modules = dict(model.named_modules())
@@ -188,8 +198,10 @@ def install(model: nn.Module, expert: ExpertFiles, expert_name: str) -> None:
     if lacking or unknown:
         example = f"it lacks {lacking[0]}" if lacking else f"the base model has no {unknown[0]}"
         raise CheckpointError(f"expert {expert_name} does not belong to this base model: {example}")
+    advance(len(expert.names()) - len(names))  # those that change nothing
     replaced: dict[int, nn.Parameter] = {}
     for name in names:
+        advance(1)
         old = parameters[name]
         value = expert.load(name)
         weight = value if isinstance(value, Tensor) else value.dequantize()
