@@ -116,8 +116,8 @@ class CascadeDecision:
 def fit_cascade(choice: Tensor, probabilities: Tensor, labels: Tensor, max_cost: float) -> Cascade:
     """The cascade with the most right answers whose mean cost is affordable; see the file's header.
 
-    choice: the first expert for each sample, int64 (n,). probabilities: (n, experts, classes). labels: int64 (n,).
-    max_cost: forward passes per sample, between 1 and 2.
+    choice: the first expert for each sample, int64 (n,). probabilities: (n, experts, classes). labels: int64 (n,). All
+    on the CPU. max_cost: forward passes per sample, between 1 and 2.
 
     Raises DataError when the lengths differ or there are no samples, RecipeError for a cost below 1 or for one expert.
     """
@@ -125,14 +125,16 @@ def fit_cascade(choice: Tensor, probabilities: Tensor, labels: Tensor, max_cost:
     samples = len(choice)
     rows = torch.arange(samples)
     tops, order = probabilities[rows, choice].amax(1).sort(stable=True)
-    widest = _affordable(samples, max_cost)
-    thresholds = torch.cat([(tops[:-1] + tops[1:]) / 2.0, torch.ones(1, dtype=tops.dtype)])
+    midway = (tops[:-1] + tops[1:]) / 2.0
+    midway = torch.where(midway < tops[1:], midway, tops[:-1])  # between neighbours there is no number to lie on
+    thresholds = torch.cat([midway, torch.ones(1, dtype=tops.dtype)])
     # Samples with equal tops are asked about together, so only the last of a run ends a prefix.
     ends = torch.cat([tops[1:] > tops[:-1], torch.ones(1, dtype=torch.bool)])
-    ends[widest:] = False
-    second = _partners(probabilities, labels, float(thresholds[widest - 1]) if widest else 0.0)
-    if not bool(ends.any()):
-        return Cascade(0.0, second)
+    ends[_affordable(samples, max_cost) :] = False
+    affordable = thresholds[ends]
+    if len(affordable) == 0:
+        return Cascade(0.0, _partners(probabilities, labels, 0.0))
+    second = _partners(probabilities, labels, float(affordable[-1]))
 
     alone = probabilities[rows, choice]
     both = (alone + probabilities[rows, torch.tensor(second)[choice]]) / 2.0
