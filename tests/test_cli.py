@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 import moqe
 from moqe import cli, verbs
@@ -123,6 +124,21 @@ def test_inspect_and_verify(built: Path, run: Run) -> None:
     found = json.loads(run("inspect", built, "--verify", "--json"))
     assert found["verified"] is True
     assert set(found["certificates"]) == {"gptq", "rtn", "smooth", "kq"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_for_terminals(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    before = are_progress_bars_disabled()
+    with cli.Bars().track("count [sheep]", 2) as advance:
+        advance(1)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert ("count [sheep]" in shown.err, "left" in shown.err) == (terminal, terminal)
+    assert are_progress_bars_disabled() is not terminal
+    (disable_progress_bars if before else enable_progress_bars)()
 
 
 def test_doctor(run: Run) -> None:

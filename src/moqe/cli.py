@@ -47,10 +47,13 @@ class Bars:
     """Progress bars with time left, on standard error; silent when that is not a terminal."""
 
     def __init__(self) -> None:
+        from huggingface_hub.utils.tqdm import enable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # its bars would run through ours
         self.console = Console(stderr=True)
+        disable_progress_bar()  # its bars would run through ours
+        if self.console.is_terminal:
+            enable_progress_bars()  # of downloads, which come before any bar of ours
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Advance]:
