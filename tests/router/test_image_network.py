@@ -79,6 +79,7 @@ def test_batch_normalisation_is_the_usual_one_for_two():
 
 def test_attention_by_hand():
     torch.manual_seed(0)
+    assert ImageNetwork(16, 3).attention.heads == 8
     attention = PositionAttention(64, 8)
     attention.log_temperature.data.fill_(math.log(2.0))
     x = torch.randn(1, 4, 64)

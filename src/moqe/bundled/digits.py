@@ -4,10 +4,9 @@
     bundled:digits/router   650 images: the router's
     bundled:digits/test     650 images
 
-The data set (Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten Digits", its test file) comes in the order
-in which people handed in their sheets. `train` is the first of it and the others take turns after that: the network
-meets mostly new handwriting, and router and test see the same kind of images. The part of an image depends on its
-index alone. No two of the images are equal.
+The data set is the test file of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, UCI). `train` is its
+beginning and the others take turns after that, so router and test see the same kind of images. The part of an image
+depends on its index alone. No two of the images are equal.
 
 An image is handed out as a file that any image library opens, binary PGM (netpbm's grey map, "P5"): a header of one
 line and one byte per pixel, so the same image is the same bytes everywhere.
