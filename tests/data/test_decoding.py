@@ -163,8 +163,10 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + idat
 
 
+@pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None])
 @pytest.mark.parametrize("read", [decode, is_animated])
-def test_twenty_thousand_pixels_squared_are_too_many(read):
+def test_twenty_thousand_pixels_squared_are_too_many(read, limit, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # ours holds where an application has lifted Pillow's
     with pytest.raises(DataError, match=r"^big.png is too large to decode .*: make it smaller or remove it$"):
         read(png_header(20_000, 20_000), "big.png")
 

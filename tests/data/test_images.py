@@ -81,6 +81,9 @@ def test_pixels_are_decoded_once_for_each_way_of_resizing(monkeypatch):
     brighter = Preprocessing(None, (4, 4), (1.0,) * 3, (1.0,) * 3)
     found.pixels([3], brighter)  # the same sizes, so nothing to decode
     assert len(names) == 3
+    for crop in ((1, 2), (1, 1)):
+        cut = Preprocessing(2, crop, (0.0,) * 3, (1.0,) * 3)
+        assert found.pixels([3], cut).shape == (1, 3, *crop)
 
 
 @settings(max_examples=25, deadline=None)

@@ -19,11 +19,14 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_the_shorter_edge_keeps_the_shape():
+def test_the_shorter_edge_keeps_the_shape_rounded_down():
     whole = Preprocessing(20, (20, 20), MEAN, STD)
-    wide = picture(31, 40)
-    resized = wide.resize((20, 25), Image.Resampling.BILINEAR)  # 40 * 20 / 31 = 25.8
-    assert torch.equal(whole.arrange(wide, "it"), torch.tensor(np.asarray(resized))[2:22].permute(2, 0, 1))
+    tall = picture(31, 40)
+    resized = tall.resize((20, 25), Image.Resampling.BILINEAR)  # 40 * 20 / 31 = 25.8
+    assert torch.equal(whole.arrange(tall, "it"), torch.tensor(np.asarray(resized))[2:22].permute(2, 0, 1))
+    wide = picture(40, 31)
+    resized = wide.resize((25, 20), Image.Resampling.BILINEAR)
+    assert torch.equal(whole.arrange(wide, "it"), torch.tensor(np.asarray(resized))[:, 2:22].permute(2, 0, 1))
 
 
 def test_a_crop_is_from_the_centre_an_odd_pixel_left_at_the_end():
