@@ -11,7 +11,7 @@ from moqe.evaluate.publish import gather, publish
 from moqe.evaluate.verdict import ExpertSummary, ProtocolVerdict, Verdict
 from moqe.folder import MixtureFolder
 from moqe.recipe import Recipe, parse_recipe
-from moqe.store import write_json
+from moqe.store import read_json, write_json
 
 RECIPE = {
     "base": "somebody/model",
@@ -77,3 +77,13 @@ def test_a_damaged_certificate_is_named(place: MixtureFolder, recipe: Recipe) ->
     place.certificate("rtn").write_text("{")
     with pytest.raises(CheckpointError, match="certificate"):
         gather(place, recipe, ("whole",), METRICS["nats_per_token"])
+
+
+def test_routers_of_images_are_stated_in_accuracy(place: MixtureFolder, recipe: Recipe) -> None:
+    selection = read_json(place.router("whole") / "selection.json")
+    for row in selection["tuned"]["candidates"]:
+        row["loss"] = 0.0688  # the share of wrong answers
+    write_json(place.router("whole") / "selection.json", selection)
+    context = gather(place, recipe, ("whole",), METRICS["top1"])
+    assert [row.value for row in context.candidates["whole"]] == pytest.approx([0.9312, 0.9312])
+    assert "+1.00 \N{PLUS-MINUS SIGN} 0.40 points of top-1 accuracy" in context.guards["whole"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moqe.evaluate.judge import judge
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.metrics import METRICS, Metric, bits_per_byte, perplexity
+from moqe.evaluate.outcome import Outcome, cascaded, routed
 from moqe.evaluate.predictions import BASE, Predictions, read_predictions
 from moqe.evaluate.significance import Interval, intervals, mcnemar
 from moqe.evaluate.table_file import Chunk, LossTableFile, read_losses
@@ -19,10 +20,12 @@ __all__ = [
     "LossTable",
     "LossTableFile",
     "Metric",
+    "Outcome",
     "Predictions",
     "ProtocolVerdict",
     "Verdict",
     "bits_per_byte",
+    "cascaded",
     "intervals",
     "judge",
     "mcnemar",
@@ -30,5 +33,6 @@ __all__ = [
     "read_losses",
     "read_predictions",
     "read_verdict",
+    "routed",
     "write_verdict",
 ]
