@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from moqe import recipe
-from moqe.errors import MissingExtra, ModelError, NumericalError, RecipeError
+from moqe.errors import ModelError, NumericalError, RecipeError
 from moqe.models.checkpoint_preprocessing import of_timm, of_torchvision, of_transformers
 from moqe.models.classifier import Classifier, open_classifier, same_labels
 
@@ -413,7 +413,9 @@ def test_timm(tmp_path, monkeypatch):
 def test_libraries_that_are_missing(monkeypatch):
     for name in ("timm", "torchvision", "torchvision.models"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtra, match=r"base timm:resnet18 needs timm.*moqe\[vision\]"):
+    with pytest.raises(ModelError, match=r"base timm:resnet18 needs timm, which .*: pip install timm$"):
         open_classifier("timm:resnet18")
-    with pytest.raises(MissingExtra, match=r"base torchvision.models:resnet18 needs torchvision.*moqe\[vision\]"):
+    with pytest.raises(
+        ModelError, match=r"base torchvision.models:resnet18 needs torchvision.*: pip install torchvision$"
+    ):
         open_classifier("torchvision.models:resnet18")

@@ -70,9 +70,8 @@ def open_classifier(
 ) -> Classifier:
     """Open a recipe's base model. preprocessing: what the recipe states.
 
-    Raises ModelError when there is no such model, when it is already quantized or its files do not fit together, and
-    when it does not return logits; RecipeError when nothing states a preprocessing; MissingExtra when a
-    library is missing.
+    Raises ModelError when there is no such model or its library is missing, when it is already quantized or its files
+    do not fit together, and when it does not return logits; RecipeError when nothing states a preprocessing.
     """
     opened = open_origin(base, weights)
     _check_full_precision(opened.network, base)

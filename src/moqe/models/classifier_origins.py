@@ -16,7 +16,7 @@ from torch import nn
 
 from moqe.bundled import bundled_classifier
 from moqe.data.preprocessing import Preprocessing
-from moqe.errors import MissingExtra, ModelError, RecipeError, did_you_mean
+from moqe.errors import ModelError, RecipeError, did_you_mean
 from moqe.models.checkpoint_preprocessing import of_timm, of_torchvision, of_transformers
 from moqe.models.state_dict import load_state
 from moqe.models.weights import BUNDLED, read_config, resolve_base
@@ -42,7 +42,7 @@ class Opened:
 
 
 def open_origin(base: str, weights: str) -> Opened:
-    """Open a base model by the form of its name. Raises ModelError, RecipeError and MissingExtra."""
+    """Open a base model by the form of its name. Raises ModelError and RecipeError."""
     if base.startswith(TIMM):
         return _timm(base.removeprefix(TIMM), weights)
     if _FACTORY.fullmatch(base) and not base.startswith(BUNDLED):
@@ -104,7 +104,7 @@ def _timm(name: str, weights: str) -> Opened:
     try:
         timm: Any = importlib.import_module("timm")
     except ModuleNotFoundError as error:  # timm itself, or the torchvision that it needs
-        raise MissingExtra(error.name or "timm", "vision", f"base {TIMM}{name}") from None
+        raise _not_installed(error.name or "timm", f"{TIMM}{name}") from None
     except (ImportError, RuntimeError) as error:  # such as a torchvision built for another torch
         raise ModelError(f"timm cannot be imported ({_line(error)}): install a torchvision that fits torch") from error
     try:
@@ -148,7 +148,7 @@ def _imported(module: str, name: str, base: str) -> Any:
             found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if module.split(".")[0] == "torchvision":
-            raise MissingExtra("torchvision", "vision", f"base {base}") from None
+            raise _not_installed("torchvision", base) from None
         raise ModelError(f"base {base}: {error}; install the package, or run from the folder that holds it") from error
     except Exception as error:  # importing runs the user's code
         raise ModelError(f"base {base}: importing {module} failed ({type(error).__name__}: {_line(error)})") from error
@@ -185,6 +185,11 @@ def _importable_from_here() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+def _not_installed(package: str, base: str) -> ModelError:
+    """Neither is in an extra: torchvision must fit the build of torch, and timm brings it along."""
+    return ModelError(f"base {base} needs {package}, which is not installed: pip install {package}")
 
 
 def _close(name: str, known: Iterable[str]) -> str:
