@@ -56,6 +56,7 @@ def test_a_model_without_names_takes_the_alphabet():
         ),
         (["Hund", "Katze", "Maus"], LABELS, r"^the classes of pets \(Hund, Katze, Maus\) are not those of the model"),
         (["n01440764", "Katze", "Maus"], LABELS, "are not those of the model"),
+        (["dog", "crane"], ("crane", "crane", "dog"), "has 2 classes and the model has 3"),
         (["Hund", "Katze"], LABELS, "^pets has 2 classes and the model has 3: .*name them as the model does"),
         (["a", "b"], None, "^pets has 2 classes and the model has 3: give all"),
         (["n01440764", "n01443537"], LABELS, "^pets has 2 classes and the model has 3"),
