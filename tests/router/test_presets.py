@@ -1,6 +1,7 @@
 import json
 import logging
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from moqe.router import (
 )
 from moqe.router import presets as module
 from moqe.router.baselines import Constant
+from moqe.router.guard import GuardDecision
 from moqe.router.network_router import NetworkRouter
+from moqe.router.uncertainty import ClusteredMean
 
 
 def images(n: int, signal: float, seed: int, dimension: int = 16) -> RoutingExamples:
@@ -192,10 +195,14 @@ def test_the_papers_numbers_for_images():
 
 def test_tuned_finds_a_planted_signal_in_vectors(tmp_path):
     train, validation, test = images(192, 0.2, 1), images(64, 0.2, 2), images(200, 0.2, 3)
-    fitted = fit_tuned(Options(epochs=6), train, validation, 0, "image")
+    fitted = fit_tuned(Options(epochs=1), train, validation, 0, "image")
     assert len(fitted.candidates) == 5
     assert realised(fitted.router, test) < float(test.losses[:, validation.best_single].mean()) - 0.05
-    network = fit_tuned(Options(objective="expected_loss", epochs=6), train, validation, 0, "image").router
+    options = Options(objective="expected_loss", epochs=8, learning_rate=1e-2)
+    network = fit_tuned(options, train, validation, 0, "image").unguarded
+    assert isinstance(network, NetworkRouter)
+    assert network.network.kind == "mlp"
+    assert realised(network, test) < float(test.losses[:, validation.best_single].mean()) - 0.05
     save_router(network, tmp_path)
     assert torch.equal(load_router(tmp_path).predict(test.features), network.predict(test.features))
 
@@ -212,8 +219,28 @@ def test_unseen_choices_are_those_of_routers_that_had_not_seen_the_sample(plante
     fallback = pool.losses[:, tuned.guard.fallback]
     gain = fallback - pool.losses.gather(1, tuned.unseen.choice[:, None])[:, 0]
     assert float(gain.mean()) == pytest.approx(tuned.guard.gain.value, abs=1e-6)
-    free = fit_tuned(Options(objective="expected_loss", epochs=2, guard=False), train, validation, 0)
-    assert float((free.unseen.choice != tuned.guard.fallback).float().mean()) >= tuned.guard.switched
+
+
+def test_unseen_choices_are_those_after_the_guard(planted, monkeypatch):
+    """A guard that refuses everything leaves its fallback; without a guard the choices are the router's."""
+    monkeypatch.setattr(module, "decide", lambda *_: GuardDecision(2, False, 0.0, ClusteredMean(0.0, 1.0, 9), 0.0))
+    train, validation = planted(96, 0.2, 1), planted(32, 0.2, 2)
+    options = Options(objective="expected_loss", epochs=2)
+    assert set(fit_tuned(options, train, validation, 0).unseen.choice.tolist()) == {2}
+    free = fit_tuned(options.model_copy(update={"guard": False}), train, validation, 0)
+    assert len(set(free.unseen.choice.tolist())) == 3
+
+
+def test_the_guards_gain_is_in_what_judges():
+    train, validation = (
+        replace(examples, judged=10.0 * examples.losses) for examples in (images(192, 0.3, 1), images(64, 0.3, 2))
+    )
+    fitted = fit_tuned(Options(epochs=1), train, validation, 0, "image")
+    assert fitted.guard is not None
+    judged = train.join(validation).deciding
+    gain = judged[:, fitted.guard.fallback] - judged.gather(1, fitted.unseen.choice[:, None])[:, 0]
+    assert float(gain.mean()) == pytest.approx(fitted.guard.gain.value, abs=1e-5)
+    assert fitted.guard.gain.value > 0.3
 
 
 def test_choices_of_a_constant_router_are_constant(planted):
