@@ -31,6 +31,7 @@ def test_biases_are_held_and_hardly_moved(seed: int, bits: int, exponent: float,
     counts = after.bias.double() / steps.double()
     assert float(counts.abs().max()) < 2**30
     torch.testing.assert_close(counts, counts.round(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(steps, after.weight.scale * scale / 2 ** (8 - bits))  # few bits do not make it coarse
     assert bool(((after.bias - before.bias).abs() <= 0.501 * steps + 1e-6 * before.bias.abs()).all())
     moved = (after.weight.dequantize() - before.weight.dequantize()).abs().flatten(1).amax(1)
     assert bool((moved * scale <= before.bias.abs() * 2.0**-23).all())
