@@ -28,7 +28,7 @@ from moqe.router import Cascade, VectorFeatures, load_cascade
 from moqe.runtimes.images import ReferenceImageRuntime
 from moqe.runtimes.onnx import OnnxRuntime
 from moqe.tasks.image_expert_maker import expert_file
-from moqe.tasks.image_models import ImageModels, fold
+from moqe.tasks.image_models import ImageModels
 
 BASE = "base"
 SHOWN_CLASSES = 5
@@ -145,8 +145,7 @@ class ImageMixture(Mixture):
         """The first expert in the reference runtime, and the name of its last layer."""
         name = self.recipe.experts[0].name
         path = expert_file(self._verified(name))
-        shape = OnnxRuntime(path).image_shape
-        folded = fold(ImageModels(self.recipe, self.device).of(name), shape, self.device)
+        folded = ImageModels(self.recipe, self.device).folded(name)
         return ReferenceImageRuntime(folded.network, path), folded.sites[-1].name
 
 

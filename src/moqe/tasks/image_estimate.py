@@ -13,14 +13,14 @@ from collections.abc import Mapping
 
 import torch
 
-from moqe.data.images import ImageSamples, make_image_splits
+from moqe.data.images import make_image_splits
 from moqe.methods.vision import VISION_METHODS
 from moqe.models.estimate import FLOAT32, PROCESS_BYTES, Estimate
 from moqe.progress import Progress
 from moqe.recipe import Recipe
 from moqe.schemes import Scheme
 from moqe.tasks.image_expert_maker import expert_file_bytes
-from moqe.tasks.image_models import FoldedClassifier, ImageModels, fold
+from moqe.tasks.image_models import FoldedClassifier, ImageModels
 
 BASE = "base"
 FAKE_QUANTIZATION = 1.5
@@ -34,24 +34,25 @@ def estimate_images(
 ) -> Estimate:
     """Predict what making and scoring a recipe's experts takes.
 
-    schemes: by expert name. The images themselves are read only where the recipe does not limit their number, or where
-    the preprocessing leaves their size open. Raises what opening models and reading data raise.
+    schemes: by expert name. The images themselves are read only where the recipe does not limit their number. A model
+    that several experts share is measured once. Raises what opening models and reading data raise.
     """
     data = recipe.data
     limits = (data.calibration_samples, data.router_samples, data.test_samples)
-    known = None not in limits and all(models.of(name).preprocessing.size for name in (BASE, *schemes))
-    splits = None if known else make_image_splits(data, models.base.labels, models.base.classes, recipe.seed)
-    if splits is None:
-        calibration, router, test = (limit or 0 for limit in limits)
-    else:
+    if None in limits:
+        splits = make_image_splits(data, models.base.labels, models.base.classes, recipe.seed)
         calibration, test = len(splits["calibration"]), len(splits["test"])
         router = len(splits["router_train"]) + len(splits["router_validation"])
-    folded, seconds = {}, {}
-    with progress.track("measure the models", 1 + len(schemes)) as advance:
-        for name in (BASE, *schemes):
-            folded[name] = _folded(models, name, splits, device)
-            seconds[name] = forward_seconds(folded[name])
-            advance(1)
+    else:
+        calibration, router, test = (limit or 0 for limit in limits)
+    folded = {name: models.folded(name) for name in (BASE, *schemes)}
+    measured: dict[int, float] = {}
+    with progress.track("measure the models", len({id(one) for one in folded.values()})) as advance:
+        for one in folded.values():
+            if id(one) not in measured:
+                measured[id(one)] = forward_seconds(one)
+                advance(1)
+    seconds = {name: measured[id(one)] for name, one in folded.items()}
     making = {
         expert.name: seconds[expert.name]
         * FAKE_QUANTIZATION
@@ -70,14 +71,6 @@ def estimate_images(
         expert_bytes=sizes,
         seconds={"quantize": sum(making.values()), "score": scored},
     )
-
-
-def _folded(models: ImageModels, name: str, splits: Mapping[str, ImageSamples] | None, device: str) -> FoldedClassifier:
-    if splits is not None:
-        return models.folded(name, splits["calibration"])
-    size = models.of(name).preprocessing.size
-    assert size is not None
-    return fold(models.of(name), (3, *size), device)
 
 
 def activation_numbers(folded: FoldedClassifier) -> int:

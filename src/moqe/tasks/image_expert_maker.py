@@ -55,7 +55,7 @@ class ImageExpertMaker:
                 self._make(expert, samples, progress)
 
     def _make(self, expert: Expert, samples: ImageSamples, progress: Progress) -> None:
-        folded, scheme = self.models.folded(expert.name, samples), self.schemes[expert.name]
+        folded, scheme = self.models.folded(expert.name), self.schemes[expert.name]
         device = folded.example.device
         images = PreparedImages(samples, folded.classifier.preprocessing, device)
         result = VISION_METHODS[expert.method].fit(

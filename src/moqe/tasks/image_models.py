@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from moqe.data.images import ImageSamples
 from moqe.errors import ModelError
 from moqe.models.classifier import Classifier, open_classifier, same_labels
 from moqe.models.convolutions import LayerSite, blocks, fold_batch_norms, observe_layers
@@ -74,16 +73,11 @@ class ImageModels:
             self._classifiers[origin] = opened
         return self._classifiers[origin]
 
-    def folded(self, expert: str, samples: ImageSamples) -> FoldedClassifier:
-        """The folded network of an expert's full-precision model; the size of `samples` is the network's input's.
-
-        Raises what folding and observing raise.
-        """
+    def folded(self, expert: str) -> FoldedClassifier:
+        """The folded network of an expert's full-precision model. Raises what folding and observing raise."""
         key = self._origin.get(expert, ("", ""))
         if key not in self._folded:
-            classifier = self.of(expert)
-            shape = samples.pixels([0], classifier.preprocessing).shape[1:]
-            self._folded[key] = fold(classifier, shape, self._device)
+            self._folded[key] = fold(self.of(expert), self._device)
         return self._folded[key]
 
     @property
@@ -96,13 +90,13 @@ class ImageModels:
         return {"base": self.base.digest, **{f"base.{name}": self.of(name).digest for name in self._origin}}
 
 
-def fold(classifier: Classifier, image_shape: Sequence[int], device: str = "cpu") -> FoldedClassifier:
-    """Fold a classifier's batch norms and list what can be quantized. image_shape: (3, h, w).
+def fold(classifier: Classifier, device: str = "cpu") -> FoldedClassifier:
+    """Fold a classifier's batch norms and list what can be quantized.
 
     Raises ModelError when there is no convolution or linear, or when folding moves a logit by more than 1e-4.
     """
     random = torch.Generator().manual_seed(0)
-    example = torch.randn(EXAMPLE_IMAGES, *image_shape, generator=random).to(device)
+    example = torch.randn(EXAMPLE_IMAGES, 3, *classifier.preprocessing.size, generator=random).to(device)
     found = fold_batch_norms(classifier.network, example)
     sites = tuple(observe_layers(found.network, example))
     if not sites:

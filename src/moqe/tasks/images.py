@@ -31,7 +31,7 @@ from moqe.runtimes.images import IMAGE_RUNTIMES, ImageRuntime, ReferenceImageRun
 from moqe.store import read_json
 from moqe.tasks.image_estimate import estimate_images
 from moqe.tasks.image_expert_maker import ImageExpertMaker, expert_file, expert_file_bytes
-from moqe.tasks.image_models import FoldedClassifier, ImageModels
+from moqe.tasks.image_models import ImageModels
 from moqe.tasks.task import ExpertFacts
 
 log = logging.getLogger("moqe")
@@ -106,14 +106,14 @@ class ImageTask:
     def disk_bytes_needed(self) -> int:
         """Bytes that making the missing experts will take."""
         missing = [name for name in self.schemes if not self.folder.certificate(name).exists()]
-        return sum(expert_file_bytes(self._folded(name), self.schemes[name]) for name in missing)
+        return sum(expert_file_bytes(self.models.folded(name), self.schemes[name]) for name in missing)
 
     def make_experts(self, progress: Progress) -> None:
         """Quantize what is not yet on disk, expert by expert."""
         samples = self._splits["calibration"]
         ImageExpertMaker(self.recipe, self.schemes, self.models, self.folder).run(samples, progress)
         if not (self.folder.shared / DESCRIPTION).exists():
-            base = self._folded(BASE)
+            base = self.models.folded(BASE)
             names = (BASE, *self.schemes)
             shared = ImageShared(self.classes, {name: self.models.of(name).preprocessing for name in names})
             shape = tuple(base.example.shape[1:])
@@ -122,7 +122,7 @@ class ImageTask:
     @property
     def _first_convolution(self) -> str:
         """What the stem ends with. Raises ModelError for a base model without one."""
-        found = next((site.name for site in self._folded(BASE).sites if site.kind == "conv"), None)
+        found = next((site.name for site in self.models.folded(BASE).sites if site.kind == "conv"), None)
         if found is None:
             raise ModelError(f"{self.recipe.base} has no convolution: use router.feature backbone")
         return found
@@ -135,9 +135,6 @@ class ImageTask:
         logits = torch.cat([runtime.logits(_pixels(samples, part, preprocessing, self.device)) for part in parts])
         return score_classes(logits, samples.labels)
 
-    def _folded(self, expert: str) -> FoldedClassifier:
-        return self.models.folded(expert, self._splits["calibration"])
-
     def _runtime(self, expert: str) -> ImageRuntime:
         """What scores an expert or the base model; one is in memory at a time."""
         if expert not in self._runtimes:
@@ -146,7 +143,7 @@ class ImageTask:
         return self._runtimes[expert]
 
     def _open(self, expert: str, runtime: str) -> ImageRuntime:
-        folded = self._folded(expert)
+        folded = self.models.folded(expert)
         if expert != BASE:
             return IMAGE_RUNTIMES[runtime](folded.network, expert_file(self.folder.expert(expert)))
         if runtime == ReferenceImageRuntime.name:
@@ -166,10 +163,10 @@ class ImageTask:
 
     def _features_of(self, samples: ImageSamples, rows: Tensor) -> Tensor:
         if self.feature_expert is None:
-            base = self._folded(BASE)
+            base = self.models.folded(BASE)
             pixels = _pixels(samples, rows, base.classifier.preprocessing, self.device)
             return stem_features(base.network, self._first_convolution, pixels)
-        folded = self._folded(self.feature_expert)
+        folded = self.models.folded(self.feature_expert)
         network = ReferenceImageRuntime(folded.network, expert_file(self.folder.expert(self.feature_expert))).network
         pixels = _pixels(samples, rows, folded.classifier.preprocessing, self.device)
         return backbone_features(network, folded.sites[-1].name, pixels)
