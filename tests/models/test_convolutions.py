@@ -347,6 +347,12 @@ def test_residual_blocks_with_their_additions():
     assert found[-2:] == ("model.mobilenet_v2.conv_1x1.convolution", "model.classifier")
 
 
+def test_a_block_is_not_widened_over_what_lies_before_it():
+    stage = nn.Sequential(nn.Conv2d(8, 8, 1), Block(8, 8, 1))
+    network = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), stage, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    assert blocks(network, images()) == ("0", "1.0", "1.1")
+
+
 @pytest.mark.parametrize(
     "network", [randomised(Small()), hf_resnet(), hf_mobilenet()], ids=["cifar", "resnet", "mobile"]
 )
