@@ -64,7 +64,7 @@ def one_expert(content: Content, **options: Any) -> Content:
         (lambda c: one_expert(c, awq={"clip": False}), "options of awq have no effect on gptq"),
         (lambda c: one_expert(c, name="oracle"), "expert name 'oracle' is reserved"),
         (lambda c: one_expert(c, name="../up"), "experts.0.name"),
-        (lambda c: one_expert(c, gptq={"damping": float("nan")}), "damping"),
+        (lambda c: one_expert(c, gptq={"damping": float("inf")}), "experts.0.gptq.damping"),
         (lambda c: one_expert(c, checkpoint="somewhere"), "needs either method and scheme, or checkpoint"),
         (lambda c: c.update(experts=[{"name": "e", "checkpoint": "x", "scheme": "w4a16"}]), "remove scheme"),
         (lambda c: one_expert(c, calibration={"cod": 2.0}), "unknown domain 'cod'; did you mean 'code'?"),
@@ -72,8 +72,8 @@ def one_expert(content: Content, **options: Any) -> Content:
         (lambda c: c.update(base="bundled:tiny-qwen33"), "did you mean 'tiny-qwen3'?"),
         (lambda c: c.update(base="no/such/folder/at/all"), "no/such/folder/at/all"),
         (lambda c: c["data"].update(test="/nowhere.jsonl"), "data.test"),
-        (lambda c: c["data"]["test"].append({"path": "/nowhere.jsonl"}), "/nowhere.jsonl"),
-        (lambda c: c["data"].update(window=4096), "window"),
+        (lambda c: c["data"]["test"].append({"path": "/nowhere.jsonl"}), "/nowhere.jsonl does not exist"),
+        (lambda c: c["data"].update(window=4096), "one window needs"),
     ],
 )
 def test_recipes_that_cannot_be_built(
