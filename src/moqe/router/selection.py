@@ -102,7 +102,10 @@ def predict_unseen(fit: Fit, examples: RoutingExamples, fold: Tensor, fold_done:
 
 
 def judge(name: str, costs: Tensor, examples: RoutingExamples, best_single: int, compared: int = 1) -> Candidate:
-    """How the choices by predicted costs, (n, experts), compare with always taking `best_single`."""
+    """How the choices by predicted costs, (n, experts), compare with always taking `best_single`.
+
+    compared: the number of candidates that are judged on these samples.
+    """
     losses = examples.deciding.double().cpu()
     realised = realised_losses(losses, choose(costs))
     return Candidate(
