@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moqe.options import Options
 
@@ -46,16 +46,23 @@ class Ptq(Options):
 
 
 class Qat(Options):
-    """Options of qat. `learning_rate` is in quantization steps per update, `steps` are updates.
+    """Options of qat. `steps` are updates, `learning_rate` is in quantization steps per update.
 
-    `loss: distill` follows the full-precision network's logits, `labels` the labels of the calibration images.
+    `loss: distill` follows the full-precision network's logits at a `temperature`, `labels` the labels of the
+    calibration images.
     """
 
-    steps: int = Field(600, ge=1)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(0.03, gt=0.0)
+    steps: int = Field(500, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(0.004, gt=0.0)
     loss: Literal["distill", "labels"] = "distill"
     temperature: float = Field(4.0, gt=0.0)
+
+    @model_validator(mode="after")
+    def _temperature_has_an_effect(self) -> Qat:
+        if self.loss == "labels" and "temperature" in self.model_fields_set:
+            raise ValueError("temperature has no effect on loss: labels: remove it")
+        return self
 
 
 class Brecq(Options):
@@ -65,28 +72,39 @@ class Brecq(Options):
     `rounding_weight` weighs the regularizer against the block's error, which starts at 1.
     """
 
-    steps: int = Field(500, ge=1)
+    steps: int = Field(400, ge=1)
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(0.02, gt=0.0)
+    learning_rate: float = Field(0.04, gt=0.0)
     step_learning_rate: float = Field(0.002, ge=0.0)
-    rounding_weight: float = Field(0.5, ge=0.0)
+    rounding_weight: float = Field(2.0, ge=0.0)
     warmup: float = Field(0.2, ge=0.0, lt=1.0)
 
 
 class N2uq(Options):
-    """Options of n2uq: as those of qat; the loss is always distillation."""
+    """Options of n2uq: as those of qat; the loss is always distillation.
 
-    steps: int = Field(600, ge=1)
+    `weights: learned` trains their steps, `entropy` is the paper's grid, on which all codes are used equally often.
+    """
+
+    weights: Literal["learned", "entropy"] = "learned"
+    steps: int = Field(400, ge=1)
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(0.003, gt=0.0)
+    learning_rate: float = Field(0.004, gt=0.0)
     temperature: float = Field(4.0, gt=0.0)
 
 
 class DsConv(Options):
-    """Options of dsconv. `block` is in input channels; the others are those of the adaptation, `steps` 0 is without."""
+    """Options of dsconv. `block` is in input channels; the rest is the adaptation, which `steps: 0` leaves out."""
 
     block: int = Field(64, ge=2)
-    steps: int = Field(0, ge=0)
+    steps: int = Field(200, ge=0)
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(0.003, gt=0.0)
+    learning_rate: float = Field(0.004, gt=0.0)
     temperature: float = Field(4.0, gt=0.0)
+
+    @model_validator(mode="after")
+    def _adaptation_is_on(self) -> DsConv:
+        idle = sorted(self.model_fields_set - {"block", "steps"})
+        if not self.steps and idle:
+            raise ValueError(f"without adaptation (steps: 0) {', '.join(idle)} has no effect: remove it")
+        return self

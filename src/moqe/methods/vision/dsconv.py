@@ -10,15 +10,16 @@ integers q times one float, the kernel distribution shift; given q, the shift wi
 Activations are cut into blocks of channels likewise: a block shares the exponent of its largest magnitude.
 
 Faithful: the blocks and shifts, the closed form, block floating point with two's complement mantissas of the scheme's
-activation bits, quantized without any training by default; all convolutions are quantized at the scheme's bits, the
+activation bits; all convolutions are quantized at the scheme's bits, the
 first one too, and linears are left in full precision, as in the authors' networks.
 Different:
 - Codes are searched together with the shift (`grids.py`) rather than scaled once by the largest weight.
 - Mantissas are unsigned where inputs cannot be negative: after a ReLU the sign would say nothing.
 - A depthwise convolution has a depth of one, where a shift per weight would be the weight itself: its shifts are per
   output channel.
-- `steps` above 0 does the paper's adaptation: distillation from the full-precision network on unlabelled images with
-  straight-through gradients. Here shifts are trained as steps are in `lsq.py`, where the paper fits them anew.
+- The adaptation, distillation from the full-precision network on unlabelled images with straight-through gradients, is
+  the paper's option and here the default (`steps: 0` is the plain conversion). Shifts are trained as steps are in
+  `lsq.py`, where the paper fits them anew.
 
 Cost: a search over the weights; with adaptation, a forward and a backward pass per step and image.
 """

@@ -35,7 +35,6 @@ from moqe.methods.vision.output_error import error_notes
 from moqe.methods.vision.ptq import integer_only, ptq_layers
 from moqe.methods.vision.qat import learned_weight
 from moqe.methods.vision.training import (
-    STEP_SHARE,
     Update,
     attach,
     logits_of,
@@ -49,6 +48,8 @@ from moqe.models.convolutions import LayerSite
 from moqe.progress import Progress
 from moqe.recipe import Expert
 from moqe.schemes import Scheme
+
+THRESHOLD_SHARE = 1.0  # learning rate of thresholds and output scales, in levels, as a share of the weights' in steps
 
 
 class EntropyWeight(nn.Module):
@@ -152,4 +153,4 @@ def weight_quantizer(start: QuantizedLayer, grid: Literal["learned", "entropy"])
 def threshold_group(thresholds: LearnedThresholds, rate: float) -> dict[str, Any]:
     """Adam's group for a layer's thresholds and output scale, all measured in output levels."""
     scale = float(thresholds.scale.detach())
-    return {"params": list(thresholds.parameters()), "lr": STEP_SHARE * rate * scale}
+    return {"params": list(thresholds.parameters()), "lr": THRESHOLD_SHARE * rate * scale}

@@ -35,8 +35,8 @@ class Observed:
 
 def batches(images: CalibrationImages, size: int = BATCH) -> Iterator[Tensor]:
     """All images in order, float32 (b, 3, h, w)."""
-    for rows in torch.split(torch.arange(len(images)), size):
-        yield images.batch(rows)
+    for start in range(0, len(images), size):
+        yield images.batch(torch.arange(start, min(start + size, len(images))))
 
 
 @torch.no_grad()
@@ -49,10 +49,9 @@ def observe(
     """
     modules = dict(network.named_modules())
     share = -(-SAMPLE * BATCH // max(len(images), 1))  # elements to keep of every batch
-    generator = torch.Generator().manual_seed(seed)
     seen: tuple[dict[str, _Collector], dict[str, _Collector]] = (
-        {name: _Collector(name, share, generator) for name in inputs},
-        {name: _Collector(name, share, generator) for name in outputs},
+        {name: _Collector(name, share, seed) for name in inputs},
+        {name: _Collector(name, share, seed) for name in outputs},
     )
     handles = [modules[name].register_forward_pre_hook(_see_input(seen[0][name])) for name in inputs]
     handles += [modules[name].register_forward_hook(_see_output(seen[1][name])) for name in outputs]
@@ -106,8 +105,9 @@ def with_outputs(
 class _Collector:
     """Grows an `Observed` batch by batch."""
 
-    def __init__(self, name: str, share: int, generator: torch.Generator) -> None:
-        self.name, self.share, self.generator = name, share, generator
+    def __init__(self, name: str, share: int, seed: int) -> None:
+        self.name, self.share = name, share
+        self.generator = torch.Generator().manual_seed(seed)  # its own: a sample does not depend on other layers
         self.lowest, self.highest, self.parts = torch.inf, -torch.inf, list[Tensor]()
 
     def add(self, tensor: Tensor) -> None:
@@ -116,8 +116,9 @@ class _Collector:
         if not (-torch.inf < low and high < torch.inf):  # false for nan too
             raise NumericalError(f"{self.name}: activations are not finite on the calibration images")
         self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
-        rows = torch.randint(len(flat), (min(self.share, len(flat)),), generator=self.generator)
-        self.parts.append(flat[rows.to(flat.device)])
+        if len(flat) > self.share:
+            flat = flat[torch.randint(len(flat), (self.share,), generator=self.generator).to(flat.device)]
+        self.parts.append(flat.clone())
 
     def result(self) -> Observed:
         if not self.parts:
