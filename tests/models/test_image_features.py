@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from moqe.data.preprocessing import Preprocessing
 from moqe.errors import ModelError
-from moqe.models.image_features import FEATURES, backbone_features, stem_features
+from moqe.models.image_features import FEATURES, backbone_features, pooled_stage, stem_features
+from moqe.models.image_shared import STEM, ImageShared, read_image_shared, write_image_shared
+from moqe.runtimes.onnx import OnnxRuntime
 
 
 class Small(nn.Module):
@@ -29,10 +34,21 @@ def test_stem_is_the_pooled_first_stage_and_runs_nothing_after_it() -> None:
     network, pixels = Small().eval(), torch.randn(2, 3, 64, 64)
     found = stem_features(network, "first", pixels)
     assert network.runs == 0
-    grid = 16  # 8 * 16 * 16 = 2048
+    grid = 16  # 8 * 16 * 16 = 2048, so of 64 rows every second is looked at, and two are averaged
     assert found.shape == (2, FEATURES)
-    by_hand = network.first(pixels).relu().reshape(2, 8, grid, 4, grid, 4).mean((3, 5)).flatten(1)
+    by_hand = network.first(pixels).relu()[:, :, ::2, ::2].reshape(2, 8, grid, 2, grid, 2).mean((3, 5)).flatten(1)
     assert torch.allclose(found, by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "stride"), [(64, 1), (65, 2), (67, 2), (8, 1), (9, 3)])
+def test_the_stem_in_the_folder_computes_only_what_is_looked_at(side: int, stride: int, tmp_path: Path) -> None:
+    network, pixels = Small().eval(), torch.randn(2, 3, side, side)
+    network.first = nn.Conv2d(3, 8, 3, stride=stride, padding=1)
+    shared = ImageShared(("a", "b"), {"base": Preprocessing(None, (side, side), (0.5,) * 3, (0.5,) * 3)})
+    write_image_shared(tmp_path, shared, network, "first", (3, side, side))
+    assert read_image_shared(tmp_path) == shared
+    stage = OnnxRuntime(tmp_path / STEM).logits(pixels)
+    assert torch.allclose(pooled_stage(stage), stem_features(network, "first", pixels), atol=1e-5)
 
 
 def test_the_grid_is_never_finer_than_the_map() -> None:

@@ -11,23 +11,21 @@ from moqe.formats.onnx_graph import Graph, export_float_graph, require_onnx
 from moqe.store import atomic
 
 
-def write_onnx_until(path: Path, network: nn.Module, layer: str, image_shape: Sequence[int]) -> None:
-    """Write a network up to the output of `layer`, in float32, for images of `image_shape`, (3, h, w).
+def write_onnx_until(path: Path, network: nn.Module, layer: str, image_shape: Sequence[int], thinning: int = 1) -> None:
+    """Write a network up to the output of the convolution `layer`, in float32, for images of `image_shape`, (3, h, w).
 
+    thinning: of the output's rows and columns only every so many are computed.
     Raises ModelError when the network cannot be exported, UnsupportedLayer when the layer does not run exactly once,
     MissingExtra without onnx.
     """
     onnx = require_onnx("writing an ONNX file")
     graph = Graph.of(export_float_graph(network, image_shape))
-    value = graph.product_of(layer).output[0]
-    (bias,) = [node for node in graph.consumers(value) if _adds_a_constant(graph, node)] or [None]
-    if bias is not None:  # an exporter may write a layer's bias as an addition
-        value = bias.output[0]
+    product = graph.product_of(layer)
+    for attribute in product.attribute:
+        if attribute.name == "strides":
+            attribute.ints[:] = [thinning * stride for stride in attribute.ints]
+    value = product.output[0]
     del graph.model.graph.output[:]
     graph.model.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
     with atomic(path) as partial:
         partial.write_bytes(graph.finish().SerializeToString(deterministic=True))
-
-
-def _adds_a_constant(graph: Graph, node: object) -> bool:
-    return getattr(node, "op_type", "") == "Add" and any(graph.array(name) is not None for name in node.input)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """What a router sees of an image: the base model's first stage, or what an expert sees before its last layer.
 
-`stem`: the output of the first convolution after a ReLU, averaged over a grid as fine as 2,048 numbers allow. It costs
-one layer, and none at all where the chosen expert has the same first layer. `backbone`: the input of the last linear,
+`stem`: the output of the first convolution after a ReLU, averaged over a grid as fine as 2,048 numbers allow, from a
+few positions of each cell: on a ResNet-50 a sixteenth of one layer. `backbone`: the input of the last linear,
 averaged over positions: the paper's 2,048-d global feature on a ResNet-50, for the price of a whole forward pass.
 """
 
@@ -27,12 +27,19 @@ class _Seen(Exception):
         self.value = value
 
 
-@torch.no_grad()
 def stem_features(network: nn.Module, first: str, pixels: Tensor) -> Tensor:
     """The first convolution's output, pooled: float32, (b, channels * grid * grid), for images, (b, 3, h, w).
 
     first: the name of the convolution. Raises ModelError when the network does not run it, or when it is none.
     """
+    stage = first_stage(network, first, pixels)
+    thinning = stem_thinning(*stage.shape[1:])
+    return pooled_stage(stage[:, :, ::thinning, ::thinning])
+
+
+@torch.no_grad()
+def first_stage(network: nn.Module, first: str, pixels: Tensor) -> Tensor:
+    """The output of the convolution `first`, (b, channels, h, w). Raises as `stem_features` does."""
 
     def end(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         raise _Seen(output)
@@ -40,13 +47,26 @@ def stem_features(network: nn.Module, first: str, pixels: Tensor) -> Tensor:
     stage = _run_until(network, first, lambda module: module.register_forward_hook(end), pixels)
     if stage.ndim != 4:
         raise ModelError(f"{first} gives no map of channels (b, channels, h, w): use router.feature backbone")
-    return pooled_stage(stage)
+    return stage
+
+
+def stem_thinning(channels: int, height: int, width: int) -> int:
+    """Every how many positions of a first convolution's output are looked at: the more there are to a cell, the fewer.
+
+    At least two a side and cell stay. A convolution with so many times the stride computes nothing else.
+    """
+    return max(1, min(height, width) // (2 * _grid(channels, height, width)))
 
 
 def pooled_stage(stage: Tensor) -> Tensor:
     """The output of a first convolution, (b, channels, h, w), after ReLU and pooling: (b, channels * grid * grid)."""
-    grid = max(1, min(isqrt(FEATURES // stage.shape[1]), stage.shape[2], stage.shape[3]))
+    grid = _grid(stage.shape[1], stage.shape[2], stage.shape[3])
     return nn.functional.adaptive_avg_pool2d(stage.relu(), grid).flatten(1)
+
+
+def _grid(channels: int, height: int, width: int) -> int:
+    """Cells a side that a map is averaged over."""
+    return max(1, min(isqrt(FEATURES // channels), height, width))
 
 
 @torch.no_grad()

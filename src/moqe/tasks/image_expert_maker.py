@@ -14,6 +14,7 @@ import torch
 
 from moqe.data.images import ImageSamples, PreparedImages
 from moqe.folder import MixtureFolder
+from moqe.formats.onnx_biases import integer_biases
 from moqe.formats.onnx_writer import write_onnx_expert
 from moqe.methods.certificate import LayerRecord, certify, significant
 from moqe.methods.vision import VISION_METHODS, VisionResult
@@ -67,7 +68,7 @@ class ImageExpertMaker:
         write_onnx_expert(
             expert_file(self.folder.expert(expert.name)),
             folded.network,
-            result.layers,
+            integer_biases(result.layers),
             tuple(folded.example.shape[1:]),
             {"moqe.expert": expert.name, "moqe.method": expert.method, "moqe.scheme": expert.scheme},
         )
