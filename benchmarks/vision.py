@@ -41,20 +41,22 @@ from moqe.store import read_json, write_json
 from moqe.tasks.images import ImageTask
 
 NETS = ("resnet20", "resnet32", "resnet44", "resnet56")
-METHODS = ("qat", "dsconv", "brecq", "n2uq")
+METHODS = ("qat", "brecq", "dsconv", "n2uq")
 PLAIN = "ptq"
 SCHEMES = {"int8": "w8a8", "4 bits": "w4a4"}
-# Updates, and images an update. Eight bits lose so little that more of them change nothing.
+# Updates. Eight bits lose so little that more of them change nothing.
 TRAINING: dict[str, dict[str, dict[str, Any]]] = {
     "int8": {
-        "qat": {"qat": {"steps": 100, "batch_size": 32}},
+        "qat": {"qat": {"steps": 100}},
         "brecq": {"brecq": {"steps": 100}},
         "n2uq": {"n2uq": {"steps": 200}},
+        "dsconv": {"dsconv": {"steps": 0}},
     },
     "4 bits": {
-        "qat": {"qat": {"steps": 300, "batch_size": 32}},
+        "qat": {"qat": {"steps": 300}},
         "brecq": {"brecq": {"steps": 300}},
         "n2uq": {"n2uq": {"steps": 300}},
+        "dsconv": {"dsconv": {"steps": 100}},
     },
 }
 RUNTIMES = {"int8": "onnx", "4 bits": "reference"}
