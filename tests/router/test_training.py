@@ -101,3 +101,11 @@ def test_regression_has_no_gate_to_balance(planted):
     examples = planted(20, 0.1, 1)
     with pytest.raises(RecipeError, match="centred_regression"):
         train(examples, examples, replace(OPTIONS, objective="centred_regression", balance=Balance()))
+
+
+def test_epochs_are_judged_by_what_judges(planted):
+    validation = replace(planted(40, 0.1, 2), judged=torch.arange(120.0).reshape(40, 3))
+    router, history = train(planted(40, 0.1, 1), validation, replace(OPTIONS, epochs=2))
+    judged = realised_losses(validation.deciding.double(), choose(router.predict(validation.features)))
+    assert min(epoch.validation_loss for epoch in history) == pytest.approx(float(judged.mean()))
+    assert float(judged.mean()) > 10  # the losses are about 3
