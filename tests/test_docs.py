@@ -94,7 +94,7 @@ def test_every_option_is_described_with_its_default(options: type[Options]) -> N
         assert documented[name][2] == shown(field), f"docs/recipe.md: the default of {name} is {shown(field)}"
 
 
-@pytest.mark.parametrize("method", (*METHODS, *VISION_METHODS))
+@pytest.mark.parametrize("method", [*METHODS, *VISION_METHODS])
 def test_every_method_has_a_page_that_names_its_options(method: str) -> None:
     page = ROOT / "docs" / "methods" / f"{method}.md"
     assert f"]({method}.md)" in (page.parent / "index.md").read_text(encoding="utf-8")
