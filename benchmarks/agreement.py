@@ -2,12 +2,14 @@
 
     python -m benchmarks.agreement --base MODEL --experts FOLDER [--name SECTION] [--out docs/results.md]
 
-FOLDER holds expert folders, as in a mixture. transformers: largest difference of the logits on a text, plain
+FOLDER is the `experts` folder of a mixture. transformers: largest difference of the logits on a text, plain
 `AutoModelForCausalLM.from_pretrained` against the reference runtime. llama.cpp (through xllamacpp, float32 cache, no
 flash attention): ten prompts, given as token ids and continued greedily by 16 tokens; equal continuations are counted,
 and where one parts from the reference's, how much less probable the reference finds llama.cpp's token (nats). llama.cpp
 rounds the inputs of quantized linears to 8 bits, which the reference does not; so the comparison is made twice:
-with the reference's inputs rounded as ggml's (see `ggml_arithmetic`), and with the reference as it is.
+with the reference's inputs rounded as ggml's (see `ggml_arithmetic`), and with the reference as it is. Rounding makes
+a network chaotic: what one order of summation rounds down, another rounds up. How far that goes is measured too, by the
+rounded reference against itself with its embeddings moved by one part in a million.
 """
 
 from __future__ import annotations
@@ -30,11 +32,14 @@ from moqe.runtimes.reference import ReferenceRuntime
 TOKENS = 16
 LLAMA_HEADER = [
     "expert",
-    "equal, inputs rounded alike",
-    "largest gap at a parting, nats",
-    "equal, inputs not rounded",
-    "largest gap at a parting, nats",
+    "llama.cpp = rounded reference",
+    "largest gap, nats",
+    "llama.cpp = reference",
+    "largest gap, nats",
+    "rounded reference = itself, moved by 1e-6",
+    "largest gap, nats",
 ]
+NOISE = 1e-6
 TEXT = "The mixture is better than its best expert, or the report says that it is not. def route(self, text): return"
 PROMPTS = (
     "def __init__(self, name, value):\n        self.name = name\n        self.",
@@ -88,24 +93,43 @@ def llama_row(folder: Path, base: Any, tokenizer: Any) -> list[str]:
     """How many prompts llama.cpp continues as the reference does, and by how much the others were not a tie."""
     engine, files = LlamaCpp(min(folder.glob("*.gguf"))), open_expert(folder)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    theirs = [engine.greedy(ids) for ids in prompts]
-    cells = [folder.name]
-    for rounded in (True, False):
-        runtime = ReferenceRuntime(base, files, name=folder.name)
+    stored = getattr(torch, json.loads((folder.parent.parent / "shared" / "config.json").read_text())["dtype"])
+
+    def runtime(rounded: bool, noise: float = 0.0) -> ReferenceRuntime:
+        made = ReferenceRuntime(base, files, name=folder.name)
+        model: Any = made.model()
         if rounded:
-            model = runtime.model()
-            round_inputs_as_ggml(model, files, model.get_output_embeddings(), base.config.dtype)
-        equal, partings = 0, []
-        for ids, answer in zip(prompts, theirs, strict=True):
-            ours = runtime.generate(torch.tensor([ids]), TOKENS)
-            if ours == answer:
-                equal += 1
-                continue
-            at = next(i for i, (a, b) in enumerate(zip(ours, answer, strict=True)) if a != b)
-            last = runtime.logits(torch.tensor([ids + ours[:at]]))[0, -1].log_softmax(-1)
-            partings.append(float(last[ours[at]] - last[answer[at]]))
-        cells += [f"{equal} of {len(PROMPTS)}", f"{max(partings):.3f}" if partings else "none"]
-    return cells
+            round_inputs_as_ggml(model, files, model.get_output_embeddings(), stored)
+        if noise:
+            random = torch.Generator().manual_seed(0)
+            model.get_input_embeddings().register_forward_hook(
+                lambda module, inputs, output: output * (1 + noise * torch.randn(output.shape, generator=random))
+            )
+        return made
+
+    engines = [engine.greedy(ids) for ids in prompts]
+    rounded, moved = runtime(True), runtime(True, NOISE)
+    itself = [moved.generate(torch.tensor([ids]), TOKENS) for ids in prompts]
+    return [
+        folder.name,
+        *compared(rounded, prompts, engines),
+        *compared(runtime(False), prompts, engines),
+        *compared(rounded, prompts, itself),
+    ]
+
+
+def compared(runtime: ReferenceRuntime, prompts: list[list[int]], answers: list[list[int]]) -> tuple[str, str]:
+    """How many answers are the runtime's own, and how much less probable it finds the others' first other token."""
+    equal, partings = 0, []
+    for ids, answer in zip(prompts, answers, strict=True):
+        ours = runtime.generate(torch.tensor([ids]), TOKENS)
+        if ours == answer:
+            equal += 1
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(ours, answer, strict=True)) if a != b)
+        last = runtime.logits(torch.tensor([ids + ours[:at]]))[0, -1].log_softmax(-1)
+        partings.append(float(last[ours[at]] - last[answer[at]]))
+    return f"{equal} of {len(prompts)}", f"{max(partings):.3f}" if partings else "none"
 
 
 def main() -> None:
@@ -133,8 +157,11 @@ transformers cannot load, are left out):
 
 {table(["expert", "largest logit difference", "same top token", "largest logit"], folders)}
 
-llama.cpp against the reference runtime, {TOKENS} greedy tokens after each of {len(PROMPTS)} prompts. First with the
-inputs of linears rounded to 8 bits in the reference too, as ggml's CPU kernels do; then the reference as it is:
+llama.cpp against the reference runtime, {TOKENS} greedy tokens after each of {len(PROMPTS)} prompts: continuations that
+are equal, and at the first other token of the rest, how much less probable the reference finds it. "Rounded": inputs of
+linears rounded to 8 bits as ggml's CPU kernels do. The last two columns are no comparison with llama.cpp: they say how
+far that rounding lets two orders of summation part. A negative gap: run in one pass instead of token by token, the
+rounded reference itself prefers the other token.
 
 {table(LLAMA_HEADER, files)}
 """
