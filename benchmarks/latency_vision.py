@@ -18,15 +18,17 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from benchmarks.interleaved import Spread, ratios, seconds_per_round
 from benchmarks.tables import table
+from moqe.formats.onnx_biases import integer_biases
 from moqe.formats.onnx_stem import write_onnx_until
 from moqe.formats.onnx_writer import write_onnx_expert
 from moqe.methods.vision import VISION_METHODS
 from moqe.models.classifier import Logits
 from moqe.models.convolutions import blocks, fold_batch_norms, observe_layers
-from moqe.models.image_features import pooled_stage
+from moqe.models.image_features import first_stage, pooled_stage, stem_thinning
 from moqe.progress import Silent
 from moqe.recipe import Expert
 from moqe.router.image_network import ImageNetwork
+from moqe.router.onnx_network import NETWORK, OnnxNetwork, write_network
 from moqe.runtimes.onnx import OnnxRuntime
 from moqe.schemes import scheme
 
@@ -71,8 +73,9 @@ def write_files(folder: Path) -> None:
         folded, sites, blocks(folded, example), Noise(CALIBRATION_IMAGES), scheme(expert.scheme), expert, 0, Silent()
     )
     write_onnx_expert(folder / "float.onnx", folded, (), IMAGE)
-    write_onnx_expert(folder / "int8.onnx", folded, fitted.layers, IMAGE)
-    write_onnx_until(folder / "stem.onnx", folded, sites[0].name, IMAGE)
+    write_onnx_expert(folder / "int8.onnx", folded, integer_biases(fitted.layers), IMAGE)
+    shape = first_stage(folded, sites[0].name, example).shape[1:]
+    write_onnx_until(folder / "stem.onnx", folded, sites[0].name, IMAGE, stem_thinning(*shape))
 
 
 class Mixture:
@@ -81,7 +84,10 @@ class Mixture:
     def __init__(self, stem: OnnxRuntime, expert: OnnxRuntime) -> None:
         self.stem, self.expert = stem, expert
         features = pooled_stage(stem.logits(noise(1, seed=0)))
-        self.network = ImageNetwork(features.shape[1], EXPERTS).eval().requires_grad_(False)
+        path = stem.path.with_name(NETWORK)
+        if not path.exists():
+            write_network(path, ImageNetwork(features.shape[1], EXPERTS), features.shape[1])
+        self.network = OnnxNetwork(path)
 
     def choose(self, images: Tensor) -> Tensor:
         """The expert of each image, (b,)."""

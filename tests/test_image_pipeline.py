@@ -17,6 +17,9 @@ from moqe.bundled.digits import digits_images
 from moqe.errors import MoqeError, RecipeError
 from moqe.evaluate import read_losses, read_predictions
 from moqe.folder import MixtureFolder
+from moqe.router import VectorFeatures, load_router
+from moqe.router.network_router import NetworkRouter
+from moqe.router.onnx_network import OnnxNetwork
 from moqe.runtimes.images import IMAGE_RUNTIMES
 from moqe.tasks.image_expert_maker import expert_file
 from moqe.tasks.images import ImageTask
@@ -169,8 +172,17 @@ def test_features_of_an_expert_are_counted_and_used(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "m" / "verdict.json").read_text())["protocols"]["whole"]
     paper = found["routers"]["paper"]
     assert paper["cost"] == pytest.approx(1.0 + paper["share"]["ptq4"])  # ptq8 always runs
-    answer = moqe.load(tmp_path / "m").classify(first_image("test"))
+    mixture = moqe.load(tmp_path / "m")
+    answer = mixture.classify(first_image("test"))
     assert answer.cost == 1.0 + (answer.expert == "ptq4")
+
+    saved = load_router(tmp_path / "m" / "router" / "whole" / "mixture")
+    assert isinstance(saved, NetworkRouter)
+    features = VectorFeatures(torch.randn(5, saved.network.options["dimension"]))
+    deployed = mixture._open_router(tmp_path / "m" / "router" / "whole" / "mixture")
+    assert torch.allclose(deployed.predict(features), saved.predict(features), atol=1e-5)
+    assert isinstance(deployed, NetworkRouter)
+    assert isinstance(deployed.network, OnnxNetwork)
 
 
 def test_onnx_runtime_scores_a_table_of_its_own(tmp_path: Path, digits: Path) -> None:

@@ -68,6 +68,7 @@ def train_routers(task: Task, recipe: Recipe, place: MixtureFolder, progress: Pr
         fitted = fit_routers(train, validation, recipe.router, task.modality, recipe.seed, progress)
         for name, router in fitted.routers.items():
             save_router(router, place.router(protocol) / name)
+        task.deploy(fitted.routers[MIXTURE], place.router(protocol) / MIXTURE)
         if fitted.cascade is not None:
             save_cascade(fitted.cascade, place.router(protocol) / MIXTURE)
         write_json(done, dict(fitted.selection))

@@ -11,7 +11,7 @@ the reference runtime, which opens the full-precision model that the recipe name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from moqe.mixture.mixture import Decision, Mixture
 from moqe.models.image_features import backbone_features, pooled_stage
 from moqe.models.image_shared import STEM, ImageShared, read_image_shared
 from moqe.progress import Progress
-from moqe.router import Cascade, VectorFeatures, load_cascade
+from moqe.router import Cascade, GuardedRouter, Router, VectorFeatures, load_cascade, load_router
+from moqe.router.network_router import NetworkRouter
+from moqe.router.onnx_network import NETWORK, OnnxNetwork
 from moqe.runtimes.images import ReferenceImageRuntime
 from moqe.runtimes.onnx import OnnxRuntime
 from moqe.tasks.image_expert_maker import expert_file
@@ -116,6 +118,15 @@ class ImageMixture(Mixture):
         network, last = self._backbone
         features = backbone_features(network.network, last, picture.pixels(self._shared, first).to(self.device))
         return self._decide(VectorFeatures(features, self.device), protocol, f"the features of {first}")
+
+    def _open_router(self, folder: Path) -> Router:
+        """The saved router, its network, if it has one, in ONNX Runtime."""
+        router = load_router(folder)
+        inner = router.router if isinstance(router, GuardedRouter) else router
+        if not isinstance(inner, NetworkRouter):
+            return router
+        inner = replace(inner, network=OnnxNetwork(folder / NETWORK))
+        return replace(router, router=inner) if isinstance(router, GuardedRouter) else inner
 
     def _probabilities(self, expert: str, picture: _Picture) -> Tensor:
         """Of every class, float32 (1, classes)."""

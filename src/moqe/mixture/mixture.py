@@ -82,7 +82,7 @@ class Mixture:
         if name not in self.manifest["protocols"]:
             raise MoqeError(f"no router for protocol {name!r}; {did_you_mean(name, self.manifest['protocols'])}")
         if name not in self._routers:
-            self._routers[name] = load_router(self.folder.router(name) / "mixture")
+            self._routers[name] = self._open_router(self.folder.router(name) / "mixture")
         router = self._routers[name]
         costs = router.predict(features)[0]
         if len(costs) != len(self.experts):
@@ -97,6 +97,9 @@ class Mixture:
             name,
             f"lowest predicted cost of {len(self.experts)} by {router.name}, seeing {seen}",
         )
+
+    def _open_router(self, folder: Path) -> Router:
+        return load_router(folder)
 
     def _verified(self, expert: str) -> Path:
         """The folder of an expert, its files compared with their digests. Raises MoqeError on an unknown name."""

@@ -26,7 +26,9 @@ from moqe.models.image_features import backbone_features, stem_features
 from moqe.models.image_shared import DESCRIPTION, ImageShared, write_image_shared
 from moqe.progress import Progress
 from moqe.recipe import Recipe
-from moqe.router.features import VectorFeatures
+from moqe.router import GuardedRouter, Router, VectorFeatures
+from moqe.router.network_router import NetworkRouter
+from moqe.router.onnx_network import NETWORK, write_network
 from moqe.runtimes.images import IMAGE_RUNTIMES, ImageRuntime, ReferenceImageRuntime
 from moqe.store import read_json
 from moqe.tasks.image_estimate import estimate_images
@@ -170,6 +172,12 @@ class ImageTask:
         network = ReferenceImageRuntime(folded.network, expert_file(self.folder.expert(self.feature_expert))).network
         pixels = _pixels(samples, rows, folded.classifier.preprocessing, self.device)
         return backbone_features(network, folded.sites[-1].name, pixels)
+
+    def deploy(self, router: Router, folder: Path) -> None:
+        """The router's network, if it has one, as an ONNX file."""
+        inner = router.router if isinstance(router, GuardedRouter) else router
+        if isinstance(inner, NetworkRouter):
+            write_network(folder / NETWORK, inner.network, self.features("router_validation", WHOLE).dimension)
 
     def picture(self, split: str, row: int) -> bytes | None:
         """A sample as a PNG, at most 128 pixels a side."""

@@ -40,6 +40,7 @@ from moqe.models.shared import SharedParts, open_shared
 from moqe.progress import Progress, Silent
 from moqe.recipe import Recipe
 from moqe.router.features import TokenFeatures
+from moqe.router.router import Router
 from moqe.runtimes.reference import ReferenceRuntime
 from moqe.store import disk_bytes, read_json
 from moqe.tasks.expert_maker import ExpertMaker
@@ -176,6 +177,9 @@ class LanguageTask:
         """Embeddings of the tokens that the router may see."""
         seen = visible_tokens(protocol) or self.recipe.router.max_tokens
         return TokenFeatures(self._splits[split].tokens[:, :seen], self._embedding, self.device)
+
+    def deploy(self, router: Router, folder: Path) -> None:
+        """Nothing: a text router runs from what is saved."""
 
     def picture(self, split: str, row: int) -> None:
         """Texts have no picture."""

@@ -15,6 +15,7 @@ from moqe.models.estimate import Estimate
 from moqe.progress import Progress
 from moqe.recipe import Recipe
 from moqe.router.features import Features
+from moqe.router.router import Router
 
 
 class Samples(Protocol):
@@ -114,6 +115,9 @@ class Task(Protocol):
 
     def features(self, split: str, protocol: str) -> Features:
         """What the router may see of the samples of a split under a protocol."""
+
+    def deploy(self, router: Router, folder: Path) -> None:
+        """Write what running a mixture needs beside a router saved in `folder`; for language nothing."""
 
     def picture(self, split: str, row: int) -> bytes | None:
         """A sample as a PNG small enough for a page, at most 128 pixels a side; None where samples are no images."""

@@ -8,6 +8,7 @@ by the error of rounding to nearest, so that 1 is where a block starts and one r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,4 +125,4 @@ def _constant(index: int) -> float:
 
 
 def _cosine(steps: int) -> Callable[[int], float]:
-    return lambda index: 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * index / steps))))
+    return lambda index: 0.5 * (1.0 + math.cos(math.pi * index / steps))
