@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moqe.errors import CheckpointError, NumericalError, ProtocolError, did_you_mean
+from moqe.evaluate.parquet import read_rows
 
 BASE = "base"
 PREDICTION_SCHEMA = pa.schema(
@@ -94,15 +94,7 @@ def prediction_rows(
 
 def read_prediction_rows(path: Path) -> pa.Table:
     """A file of predictions as it is. Raises CheckpointError when it is missing, damaged or something else."""
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: score the experts first") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable parquet file ({error}): delete it and score again") from error
-    if table.schema.names != PREDICTION_SCHEMA.names:
-        raise CheckpointError(f"{path} has other columns than predictions: delete it and score again")
-    return table
+    return read_rows(path, PREDICTION_SCHEMA, "predictions")
 
 
 def read_predictions(path: Path, split: str) -> Predictions | None:

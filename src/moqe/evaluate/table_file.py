@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from moqe.data.protocols import SampleLosses, Scored, SplitSamples
 from moqe.errors import CheckpointError, NumericalError, ProtocolError, did_you_mean
 from moqe.evaluate.loss_table import LossTable
+from moqe.evaluate.parquet import read_rows
 from moqe.evaluate.predictions import BASE, prediction_rows, read_prediction_rows
 from moqe.store import atomic
 
@@ -279,15 +280,7 @@ def _matrix(columns: Mapping[str, pa.Table], name: str, rows: int) -> NDArray[np
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: score the experts first") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable parquet file ({error}): delete it and score again") from error
-    if table.schema.names != SCHEMA.names:
-        raise CheckpointError(f"{path} has other columns than a loss table: delete it and score again")
-    return table
+    return read_rows(path, SCHEMA, "a loss table")
 
 
 def _join(values: set[str]) -> str:
