@@ -13,14 +13,12 @@ Images of a folder stay on the disk; those of other sources are kept in memory a
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +26,8 @@ import pyarrow.parquet as pq
 from moqe.bundled.digits import LABELS, digits_images
 from moqe.data.class_names import class_indices
 from moqe.data.decoding import is_animated
-from moqe.errors import DataError, MissingExtra, did_you_mean
+from moqe.data.hub import hub_rows
+from moqe.errors import DataError, did_you_mean
 from moqe.recipe import Source
 from moqe.store import digest_bytes
 
@@ -199,22 +198,15 @@ def _stated_names(metadata: Mapping[bytes, bytes], label_column: str) -> tuple[s
 
 def _hub(source: Source) -> _Table:
     path = source.path
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ModuleNotFoundError:
-        raise MissingExtra("datasets", "hub", f"{path!r} is not on this disk, and reading it from the hub") from None
-    try:
-        rows = datasets.load_dataset(path, source.subset or None, split=source.split, streaming=True)
+    with hub_rows(path, source) as (datasets, rows):
         features = rows.features or {}
         column = _column(path, list(features), source)
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"the data set {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
     names = getattr(features[source.label_column], "names", None)
-    return _Table(_hub_rows(path, rows, column, source.label_column), None if names is None else tuple(names))
+    return _Table(_from_rows(path, rows, column, source.label_column), None if names is None else tuple(names))
 
 
-def _hub_rows(
+def _from_rows(
     path: str, rows: Iterable[Mapping[str, object]], column: str, label_column: str
 ) -> Iterator[tuple[str, Path | bytes, object]]:
     for number, row in enumerate(rows):

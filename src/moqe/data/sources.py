@@ -14,20 +14,19 @@ A path that exists wins over the hub. Empty documents are left out before `skip_
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moqe.data.bundled import PREFIX, bundled_documents
 from moqe.data.documents import Document
-from moqe.errors import DataError, MissingExtra, did_you_mean
+from moqe.data.hub import hub_rows
+from moqe.errors import DataError, did_you_mean
 from moqe.recipe import Source
 
 # ` = Title = `, where ` = = Section = = ` is a section of the same article.
@@ -150,15 +149,8 @@ def _parquet(path: Path, source: Source) -> Iterator[str]:
 
 
 def _from_hub(path: str, source: Source) -> Iterator[tuple[str, str]]:
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ModuleNotFoundError:
-        raise MissingExtra("datasets", "hub", f"{path!r} is not on this disk, and reading it from the hub") from None
-    try:
-        rows = datasets.load_dataset(path, source.subset or None, split=source.split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"the data set {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
-    return _named(path, _columns(path, rows, source))
+    with hub_rows(path, source) as (_, rows):
+        return _named(path, _columns(path, rows, source))
 
 
 def _columns(path: str, rows: Iterable[Mapping[str, object]], source: Source) -> Iterator[str]:
