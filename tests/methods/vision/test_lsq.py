@@ -11,17 +11,17 @@ from moqe.methods.vision.lsq import SMALLEST_STEP, LearnedStep
 
 
 def test_gradients_equal_the_papers_formula() -> None:
-    step = LearnedStep(torch.tensor(0.5), lowest=-2, highest=1, count=7)
+    step = LearnedStep(torch.tensor(0.5), lowest=-2, highest=3, count=7)
     value = torch.tensor([-3.0, -1.0, -0.6, 0.1, 0.4, 0.5, 2.0], requires_grad=True)  # / 0.5: -6 -2 -1.2 0.2 0.8 1 4
     made = step(value)
-    assert made.tolist() == [-1.0, -1.0, -0.5, 0.0, 0.5, 0.5, 0.5]
+    assert made.tolist() == [-1.0, -1.0, -0.5, 0.0, 0.5, 0.5, 1.5]
     incoming = torch.tensor([1.0, 10.0, 100.0, 1000.0, 1e4, 1e5, 1e6])
     made.backward(incoming)
     assert value.grad is not None
-    assert value.grad.tolist() == [0.0, 0.0, 100.0, 1000.0, 1e4, 0.0, 0.0]
+    assert value.grad.tolist() == [0.0, 0.0, 100.0, 1000.0, 1e4, 1e5, 0.0]
     # outside or at an end: the code there; inside: round(v / s) - v / s
-    share = torch.tensor([-2.0, -2.0, -1 + 1.2, 0 - 0.2, 1 - 0.8, 1.0, 1.0])
-    expected = float((share.double() * incoming).sum()) / math.sqrt(7 * 1)
+    share = torch.tensor([-2.0, -2.0, -1 + 1.2, 0 - 0.2, 1 - 0.8, 1 - 1, 3.0])
+    expected = float((share.double() * incoming).sum()) / math.sqrt(7 * 3)
     assert float(step.step.grad) == pytest.approx(expected, rel=1e-5)
 
 

@@ -20,6 +20,18 @@ def observed(values: Tensor) -> Observed:
     return Observed(float(values.min()), float(values.max()), values)
 
 
+def test_samples_are_seeded_and_of_their_own(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moqe.methods.vision.observe.SAMPLE", 1000)
+    state = torch.get_rng_state()
+    together, _ = observe(setting.network, ["stem", "widen"], [], setting.images, seed=3)
+    alone, _ = observe(setting.network, ["widen"], [], setting.images, seed=3)
+    other, _ = observe(setting.network, ["widen"], [], setting.images, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 1000 <= len(alone["widen"].sample) < 1500
+    assert torch.equal(together["widen"].sample, alone["widen"].sample)
+    assert not torch.equal(other["widen"].sample, alone["widen"].sample)
+
+
 def test_observation_sees_inputs_and_outputs(setting: Setting) -> None:
     state = torch.get_rng_state()
     inputs, outputs = observe(setting.network, ["stem", "widen"], ["stem"], setting.images, seed=3)
