@@ -117,8 +117,8 @@ def test_a_rounding_starts_soft_and_ends_hard() -> None:
     rounding.hard = True
     assert rounding(weight).tolist() == [[0.0, -1.0, 5.0], [1.0, 0.5, -4.0]]
     with torch.no_grad():
-        rounding.v[0, 0] = 3.0
-    assert rounding(weight)[0, 0] == 1.0
+        rounding.v[0] = torch.tensor([0.1, -0.1, 3.0])
+    assert rounding(weight)[0].tolist() == [1.0, -1.0, 6.0]
 
 
 def test_the_regularizer_is_zero_where_roundings_have_settled() -> None:

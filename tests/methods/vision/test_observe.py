@@ -11,9 +11,10 @@ from torch import Tensor
 
 from moqe.errors import NumericalError
 from moqe.methods.vision.layer import Uniform
+from moqe.methods.vision.network import quantize_network
 from moqe.methods.vision.observe import Observed, observe, uniform_for, with_outputs
 from moqe.methods.vision.ptq import ptq_layers
-from moqe.schemes import Scheme
+from moqe.schemes import vision_scheme
 
 
 def observed(values: Tensor) -> Observed:
@@ -82,8 +83,10 @@ def test_a_tensor_of_zeros_has_a_scale() -> None:
 
 
 def test_outputs_are_fitted_to_the_quantized_network(setting: Setting) -> None:
-    layers = ptq_layers(setting.network, setting.sites, setting.images, Scheme("w8a8", 8, activation_bits=8), seed=0)
+    layers = ptq_layers(setting.network, setting.sites, setting.images, vision_scheme("w4a4"), seed=0)
     assert with_outputs(setting.network, layers, (), setting.images, 0) == layers
     made = with_outputs(setting.network, layers, ("plain.conv2",), setting.images, 0)
-    assert [layer.name for layer in made if layer.output] == ["plain.conv2"]
     assert [layer.name for layer in made] == [layer.name for layer in layers]
+    found = {layer.name: layer.output for layer in made if layer.output}
+    _, quantized = observe(quantize_network(setting.network, layers), [], ["plain.conv2"], setting.images, 0)
+    assert found == {"plain.conv2": uniform_for(quantized["plain.conv2"], 8)}
