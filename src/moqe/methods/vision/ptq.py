@@ -14,7 +14,7 @@ Cost: one forward pass over the calibration images, one more for outputs, and 40
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -122,8 +122,3 @@ def output_names(sites: Sequence[LayerSite], scheme: Scheme) -> tuple[str, ...]:
     if (scheme.weight_bits, scheme.activation_bits) != (8, 8):
         return ()
     return tuple(site.name for site in sites if site.needs_output)
-
-
-def by_name(layers: Sequence[QuantizedLayer]) -> Mapping[str, QuantizedLayer]:
-    """Layers by the name of their module."""
-    return {layer.name: layer for layer in layers}
