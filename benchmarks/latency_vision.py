@@ -19,12 +19,12 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from benchmarks.interleaved import Spread, ratios, seconds_per_round
 from benchmarks.tables import table
 from moqe.formats.onnx_biases import integer_biases
-from moqe.formats.onnx_stem import write_onnx_until
+from moqe.formats.onnx_stem import write_onnx_stem
 from moqe.formats.onnx_writer import write_onnx_expert
 from moqe.methods.vision import VISION_METHODS
 from moqe.models.classifier import Logits
 from moqe.models.convolutions import blocks, fold_batch_norms, observe_layers
-from moqe.models.image_features import first_stage, pooled_stage, stem_thinning
+from moqe.models.image_features import first_stage, stem_pooling, stem_thinning
 from moqe.progress import Silent
 from moqe.recipe import Expert
 from moqe.router.image_network import ImageNetwork
@@ -75,7 +75,7 @@ def write_files(folder: Path) -> None:
     write_onnx_expert(folder / "float.onnx", folded, (), IMAGE)
     write_onnx_expert(folder / "int8.onnx", folded, integer_biases(fitted.layers), IMAGE)
     shape = first_stage(folded, sites[0].name, example).shape[1:]
-    write_onnx_until(folder / "stem.onnx", folded, sites[0].name, IMAGE, stem_thinning(*shape))
+    write_onnx_stem(folder / "stem.onnx", folded, sites[0].name, IMAGE, stem_thinning(*shape), *stem_pooling(*shape))
 
 
 class Mixture:
@@ -83,7 +83,7 @@ class Mixture:
 
     def __init__(self, stem: OnnxRuntime, expert: OnnxRuntime) -> None:
         self.stem, self.expert = stem, expert
-        features = pooled_stage(stem.logits(noise(1, seed=0)))
+        features = stem.logits(noise(1, seed=0))
         path = stem.path.with_name(NETWORK)
         if not path.exists():
             write_network(path, ImageNetwork(features.shape[1], EXPERTS), features.shape[1])
@@ -91,7 +91,7 @@ class Mixture:
 
     def choose(self, images: Tensor) -> Tensor:
         """The expert of each image, (b,)."""
-        return self.network(pooled_stage(self.stem.logits(images))).argmax(1)
+        return self.network(self.stem.logits(images)).argmax(1)
 
     def logits(self, images: Tensor) -> Tensor:
         """Choose, then let an expert answer; which one takes the same time."""
@@ -103,7 +103,8 @@ def measure(folder: Path, threads: int, rounds: int, seconds_per_turn: float) ->
     """Seconds and ratios at every batch size, ready for JSON. folder: keeps the files."""
     torch.set_num_threads(threads)
     write_files(folder)
-    full, int8, stem = (OnnxRuntime(folder / f"{file}.onnx", threads) for file in ("float", "int8", "stem"))
+    full, int8 = (OnnxRuntime(folder / f"{file}.onnx", threads) for file in ("float", "int8"))
+    stem = OnnxRuntime(folder / "stem.onnx", threads=1)
     executed = {"float": full.executed(), "int8": int8.executed()}
     mixture = Mixture(stem, int8)
     rows = []

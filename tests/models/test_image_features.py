@@ -10,7 +10,7 @@ from torch import nn
 
 from moqe.data.preprocessing import Preprocessing
 from moqe.errors import ModelError
-from moqe.models.image_features import FEATURES, backbone_features, pooled_stage, stem_features
+from moqe.models.image_features import FEATURES, backbone_features, pooling, stem_features
 from moqe.models.image_shared import STEM, ImageShared, read_image_shared, write_image_shared
 from moqe.runtimes.onnx import OnnxRuntime
 
@@ -47,8 +47,15 @@ def test_the_stem_in_the_folder_computes_only_what_is_looked_at(side: int, strid
     shared = ImageShared(("a", "b"), {"base": Preprocessing(None, (side, side), (0.5,) * 3, (0.5,) * 3)})
     write_image_shared(tmp_path, shared, network, "first", (3, side, side))
     assert read_image_shared(tmp_path) == shared
-    stage = OnnxRuntime(tmp_path / STEM).logits(pixels)
-    assert torch.allclose(pooled_stage(stage), stem_features(network, "first", pixels), atol=1e-5)
+    found = OnnxRuntime(tmp_path / STEM).logits(pixels)
+    assert torch.allclose(found, stem_features(network, "first", pixels), atol=1e-5)
+
+
+def test_pooling_is_torchs() -> None:
+    stage = torch.rand(2, 8, 28, 13)
+    rows, columns = pooling(28, 5), pooling(13, 5)
+    by_torch = nn.functional.adaptive_avg_pool2d(stage, 5)
+    assert torch.allclose(rows @ stage @ columns.T, by_torch, atol=1e-6)
 
 
 def test_the_grid_is_never_finer_than_the_map() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from moqe.data.decoding import decode
 from moqe.errors import DataError
 from moqe.mixture.mixture import Decision, Mixture
-from moqe.models.image_features import backbone_features, pooled_stage
+from moqe.models.image_features import backbone_features
 from moqe.models.image_shared import STEM, ImageShared, read_image_shared
 from moqe.progress import Progress
 from moqe.router import Cascade, GuardedRouter, Router, VectorFeatures, load_cascade, load_router
@@ -112,8 +112,8 @@ class ImageMixture(Mixture):
 
     def _route(self, picture: _Picture, protocol: str | None) -> Decision:
         if self.recipe.router.feature == "stem":
-            stage = self._stem.logits(picture.pixels(self._shared, BASE))
-            return self._decide(VectorFeatures(pooled_stage(stage), self.device), protocol, "its first stage")
+            features = self._stem.logits(picture.pixels(self._shared, BASE))
+            return self._decide(VectorFeatures(features, self.device), protocol, "its first stage")
         first = self.recipe.experts[0].name
         network, last = self._backbone
         features = backbone_features(network.network, last, picture.pixels(self._shared, first).to(self.device))
@@ -149,7 +149,9 @@ class ImageMixture(Mixture):
 
     @cached_property
     def _stem(self) -> OnnxRuntime:
-        return OnnxRuntime(self.folder.shared / STEM, torch.get_num_threads())
+        return OnnxRuntime(
+            self.folder.shared / STEM, threads=1
+        )  # a second pool would cost more than it gains
 
     @cached_property
     def _backbone(self) -> tuple[ReferenceImageRuntime, str]:

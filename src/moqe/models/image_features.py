@@ -34,7 +34,8 @@ def stem_features(network: nn.Module, first: str, pixels: Tensor) -> Tensor:
     """
     stage = first_stage(network, first, pixels)
     thinning = stem_thinning(*stage.shape[1:])
-    return pooled_stage(stage[:, :, ::thinning, ::thinning])
+    rows, columns = (matrix.to(stage.device) for matrix in stem_pooling(*stage.shape[1:]))
+    return (rows @ stage[:, :, ::thinning, ::thinning].relu() @ columns.T).flatten(1)
 
 
 @torch.no_grad()
@@ -58,10 +59,15 @@ def stem_thinning(channels: int, height: int, width: int) -> int:
     return max(1, min(height, width) // (2 * _grid(channels, height, width)))
 
 
-def pooled_stage(stage: Tensor) -> Tensor:
-    """The output of a first convolution, (b, channels, h, w), after ReLU and pooling: (b, channels * grid * grid)."""
-    grid = _grid(stage.shape[1], stage.shape[2], stage.shape[3])
-    return nn.functional.adaptive_avg_pool2d(stage.relu(), grid).flatten(1)
+def pooling(size: int, cells: int) -> Tensor:
+    """The matrix that averages `size` positions over cells, as `adaptive_avg_pool1d` does: float32, (cells, size)."""
+    return nn.functional.adaptive_avg_pool1d(torch.eye(size), cells).T.contiguous()
+
+
+def stem_pooling(channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """What rows and columns of a thinned first stage are averaged by: (grid, rows) and (grid, columns)."""
+    thinning, grid = stem_thinning(channels, height, width), _grid(channels, height, width)
+    return pooling(-(-height // thinning), grid), pooling(-(-width // thinning), grid)
 
 
 def _grid(channels: int, height: int, width: int) -> int:

@@ -1,7 +1,7 @@
 """What all experts of an image mixture share, in the mixture's own folder: no base model is needed to run one.
 
 `shared/images.json`  names of the classes, and how an image becomes the input of the base model and of every expert
-`shared/stem.onnx`    the base model's first convolution, in float32 and thinned: what a router of `feature: stem` sees
+`shared/stem.onnx`    the base model's first stage, pooled, in float32: what a router of `feature: stem` sees
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 
 from moqe.data.preprocessing import Preprocessing
 from moqe.errors import CheckpointError
-from moqe.formats.onnx_stem import write_onnx_until
-from moqe.models.image_features import first_stage, stem_thinning
+from moqe.formats.onnx_stem import write_onnx_stem
+from moqe.models.image_features import first_stage, stem_pooling, stem_thinning
 from moqe.store import read_json, write_json
 
 DESCRIPTION, STEM = "images.json", "stem.onnx"
@@ -36,7 +36,8 @@ def write_image_shared(
 ) -> None:
     """Write what experts share. network: the folded base model. first: its first convolution. shape: (3, h, w)."""
     stage = first_stage(network, first, torch.zeros(1, *shape, device=next(network.parameters()).device))
-    write_onnx_until(folder / STEM, network, first, shape, stem_thinning(*stage.shape[1:]))
+    size = stage.shape[1:]
+    write_onnx_stem(folder / STEM, network, first, shape, stem_thinning(*size), *stem_pooling(*size))
     write_json(folder / DESCRIPTION, asdict(shared))
 
 

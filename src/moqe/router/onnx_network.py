@@ -32,7 +32,7 @@ class OnnxNetwork(RoutingNetwork):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.options = {}
-        self.runtime = OnnxRuntime(path, torch.get_num_threads())
+        self.runtime = OnnxRuntime(path, threads=1)  # a pool of threads of its own would cost more
 
     def forward(self, features: Tensor) -> Tensor:
         """Vectors, (b, dimension) -> logits, (b, experts), on the CPU."""
