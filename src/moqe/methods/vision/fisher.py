@@ -37,7 +37,8 @@ def fisher_weights(network: nn.Module, names: Sequence[str], images: Calibration
             loss = cross_entropy(logits, labels, reduction="sum")
             gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
             for name, gradient in zip(names, gradients, strict=True):
-                sums[name] = sums.get(name, torch.zeros(())) + gradient.square().sum(0)
+                # In float64: squares of small gradients would vanish, and what is left could not be divided by.
+                sums[name] = sums.get(name, torch.zeros(())) + gradient.double().square().sum(0)
             outputs.clear()
     finally:
         for handle in handles:
@@ -47,7 +48,7 @@ def fisher_weights(network: nn.Module, names: Sequence[str], images: Calibration
 
 def _with_mean_one(weights: Tensor) -> Tensor:
     mean = weights.mean()
-    return weights / mean if float(mean) > 0 else torch.ones_like(weights)
+    return (weights / mean if float(mean) > 0 else torch.ones_like(weights)).float()
 
 
 def _keep(where: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
