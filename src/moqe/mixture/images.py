@@ -149,9 +149,7 @@ class ImageMixture(Mixture):
 
     @cached_property
     def _stem(self) -> OnnxRuntime:
-        return OnnxRuntime(
-            self.folder.shared / STEM, threads=1
-        )  # a second pool would cost more than it gains
+        return OnnxRuntime(self.folder.shared / STEM, threads=1)  # a second pool would cost more than it gains
 
     @cached_property
     def _backbone(self) -> tuple[ReferenceImageRuntime, str]:
