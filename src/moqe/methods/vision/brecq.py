@@ -48,7 +48,6 @@ class Brecq:
     """Block reconstruction with learned rounding."""
 
     name = "brecq"
-    trained = True
 
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""

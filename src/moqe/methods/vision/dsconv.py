@@ -62,7 +62,6 @@ class DsConv:
     """Integer kernel blocks with float shifts."""
 
     name = "dsconv"
-    trained = True
 
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""

@@ -51,7 +51,6 @@ class VisionMethod(Protocol):
     """An algorithm that quantizes an image classifier. Stateless."""
 
     name: str
-    trained: bool  # True where gradients are followed, so that the result depends on the seed
 
     def supports(self, scheme: Scheme) -> str:
         """Empty if the method makes this scheme, else one sentence: why not, and what to write instead."""

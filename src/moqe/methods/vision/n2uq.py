@@ -81,7 +81,6 @@ class N2uq:
     """Learned thresholds in front of evenly spaced levels."""
 
     name = "n2uq"
-    trained = True
 
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""

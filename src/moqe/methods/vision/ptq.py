@@ -36,7 +36,6 @@ class Ptq:
     """Plain post-training quantization."""
 
     name = "ptq"
-    trained = False
 
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""

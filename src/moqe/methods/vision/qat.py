@@ -51,7 +51,6 @@ class Qat:
     """Quantization-aware training with learned steps."""
 
     name = "qat"
-    trained = True
 
     def supports(self, scheme: Scheme) -> str:
         """Integer schemes with quantized activations."""
