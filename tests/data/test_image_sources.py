@@ -185,6 +185,23 @@ def test_labels_that_are_names(tmp_path):
         read_images(Source(path=str(path)), PETS)
 
 
+def test_a_model_with_a_background(tmp_path):
+    known = Classes(4, ("background", "cat", "dog", "eel"))
+    for marks in ([2, 0, 1], [3, 1, 2], ["eel", "cat", "dog"]):
+        found = read_images(Source(path=str(table(tmp_path / "a.parquet", list(map(picture, range(3))), marks))), known)
+        assert [(document.label, document.domain) for document in found] == [(3, "eel"), (1, "cat"), (2, "dog")]
+    path = table(tmp_path / "a.parquet", [picture(0), picture(1)], ["dog", "cat"])
+    assert labels(read_images(Source(path=str(path)), known)) == [2, 1]
+    path = table(tmp_path / "a.parquet", [picture(0), picture(1)], [1, 2])
+    with pytest.raises(DataError, match=r"a.parquet: no image has class number 0 or 3.*'background'"):
+        read_images(Source(path=str(path)), known)
+    path = table(tmp_path / "a.parquet", [picture(0), picture(1)], [0, 4])
+    with pytest.raises(DataError, match="row 1: label 4 is out of range: there are 4 classes"):
+        read_images(Source(path=str(path)), known)
+    found = read_images(Source(path=str(folder(tmp_path / "tree", ("n01440764", "n01443537", "n01484850")))), known)
+    assert [(document.label, document.domain) for document in found[:3]] == [(1, "cat"), (2, "dog"), (3, "eel")]
+
+
 @pytest.mark.parametrize(
     ("values", "marks", "options", "message"),
     [

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moqe.data import images
+from moqe.data.classification import class_values
 from moqe.data.image_sources import ImageDocument
 from moqe.data.images import ImageSamples, ImageStore, PreparedImages, make_image_splits
 from moqe.data.preprocessing import Preprocessing
@@ -206,6 +207,36 @@ def test_a_class_missing_from_calibration_is_named(tmp_path):
         make_image_splits(data, ("cat", "dog", "eel"), 3, seed=0)
     with pytest.raises(DataError, match=r"^9 of 10 classes have no calibration image: 1, 2, 3, 4, 5, \.\.\.; add"):
         make_image_splits(data_of(tmp_path, calibration=[0]), None, 10, seed=0)
+
+
+BACKGROUND = ("background", "cat", "dog", "eel")
+
+
+def test_a_background_that_no_source_has(tmp_path):
+    """A model with one class more than the data is right about every image that it is right about."""
+    splits = make_image_splits(data_of(tmp_path), BACKGROUND, 4, seed=0)
+    for found in splits.values():
+        value = found.pixels(range(len(found)), PLAIN)[:, 0, 0, 0].long()
+        logits = torch.nn.functional.one_hot(value % 3 + 1, 4).double()  # what the images show, as such a model says it
+        assert class_values(logits.numpy(), found.labels.numpy())["top1"].mean() == 1.0
+    assert splits["calibration"].domain[:3] == ("cat", "dog", "eel")
+
+
+PARTS = {"calibration": [1, 2, 3], "router": [61, 62, 63], "test": [201, 202, 203]}
+
+
+def test_other_classes_than_the_background_are_still_missed(tmp_path):
+    data = data_of(tmp_path, calibration=[0, 3, 1])
+    with pytest.raises(DataError, match=r"^1 of 4 classes have no calibration image: eel"):
+        make_image_splits(data, BACKGROUND, 4, seed=0)
+    with pytest.raises(DataError, match=r"^1 of 4 classes have no calibration image: fox"):
+        make_image_splits(data_of(tmp_path), ("cat", "dog", "eel", "fox"), 4, seed=0)
+    shifted = {part: rows(tmp_path, part, values, [1, 2, 3]) for part, values in PARTS.items()}
+    with pytest.raises(DataError, match=r"^1 of 4 classes have no calibration image: cow"):
+        make_image_splits(Data(**{part: (source,) for part, source in shifted.items()}), ("cow", *BACKGROUND[1:]), 4, 0)
+    named = data_of(tmp_path).model_copy(update={"test": (rows(tmp_path, "all", [200, 201], [0, 3]),)})
+    with pytest.raises(DataError, match=r"^1 of 4 classes have no calibration image: background"):
+        make_image_splits(named, BACKGROUND, 4, seed=0)
 
 
 def test_a_class_with_one_router_image_is_for_training_only(tmp_path):

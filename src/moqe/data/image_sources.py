@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moqe.bundled.digits import LABELS, digits_images
-from moqe.data.class_names import class_indices
+from moqe.data.class_names import class_indices, first_number
 from moqe.data.decoding import is_animated
 from moqe.data.hub import hub_rows
 from moqe.errors import DataError, did_you_mean
@@ -87,25 +87,26 @@ def read_images(source: Source, classes: Classes) -> list[ImageDocument]:
     if table.names is not None:
         indices = class_indices(table.names, classes.names, classes.count, source.path, table.numbered)
         own_names = dict(zip(indices, table.names, strict=True))
-    last = None if source.max_documents is None else source.skip_documents + source.max_documents
+    skipped = sum(1 for _ in islice(table.rows, source.skip_documents))
+    rows = list(islice(table.rows, source.max_documents))
+    if not rows:
+        raise DataError(
+            f"{source.path} has {skipped} images, and skip_documents leaves out {source.skip_documents}: lower it"
+            if skipped
+            else f"{source.path} holds no images"
+        )
+    labels = [_label(value, name, table.names, indices, classes) for name, _, value in rows]
+    if indices is None and not isinstance(rows[0][2], str):
+        first = first_number(set(labels), classes.names, classes.count, source.path)
+        labels = [first + label for label in labels]
     documents: list[ImageDocument] = []
     animated: list[str] = []
-    count = 0
-    for count, (name, image, value) in enumerate(islice(table.rows, last), 1):
-        if count <= source.skip_documents:
-            continue
-        label = _label(value, name, table.names, indices, classes)
+    for (name, image, _), label in zip(rows, labels, strict=True):
         content = _content(image, name)
         if is_animated(content, name):  # reads the header, so that what is no image is found before hours of work
             animated.append(name)
         domain = own_names.get(label, "") if classes.names is None else classes.names[label]
         documents.append(ImageDocument(name, label, domain or str(label), digest_bytes(content)[:16], image))
-    if not count:
-        raise DataError(f"{source.path} holds no images")
-    if not documents:
-        raise DataError(
-            f"{source.path} has {count} images, and skip_documents leaves out {source.skip_documents}: lower it"
-        )
     if animated:
         log.warning(
             "%s: %s has several frames (%d such images): the first counts", source.path, animated[0], len(animated)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moqe.data.class_names import has_background
 from moqe.data.decoding import decode
 from moqe.data.image_sources import Classes, ImageDocument, read_images
 from moqe.data.partition import check_disjoint, distinct, router_limits, split_documents, spread
@@ -156,7 +157,7 @@ def make_image_splits(data: Data, labels: tuple[str, ...] | None, classes: int, 
     router = distinct("router", _read(data.router, known))
     test = distinct("test", _read(data.test, known))
     check_disjoint({"calibration": calibration, "router": router, "test": test}, "content")
-    _check_classes(calibration, known)
+    _check_classes(calibration, [*router, *test], known)
     train, validation = _divided(router, data.validation_share, seed)
     train_limit, validation_limit = router_limits(data.router_samples, data.validation_share)
     return {
@@ -171,9 +172,14 @@ def _read(sources: Iterable[Source], known: Classes) -> list[ImageDocument]:
     return [document for source in sources for document in read_images(source, known)]
 
 
-def _check_classes(documents: Sequence[ImageDocument], known: Classes) -> None:
-    """Raise DataError when calibration lacks a class: its channels would be calibrated on others."""
-    found = {document.label for document in documents}
+def _check_classes(calibration: Sequence[ImageDocument], others: Sequence[ImageDocument], known: Classes) -> None:
+    """Raise DataError when calibration lacks a class: its channels would be calibrated on others.
+
+    The background class of a model may be missing, if the other sets have no image of it either.
+    """
+    found = {document.label for document in calibration}
+    if has_background(known.names) and all(document.label for document in others):
+        found.add(0)
     names = known.names or [str(label) for label in range(known.count)]
     missing = [names[label] for label in range(known.count) if label not in found]
     if missing:
