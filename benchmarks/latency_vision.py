@@ -21,7 +21,7 @@ from benchmarks.tables import table
 from moqe.formats.onnx_biases import integer_biases
 from moqe.formats.onnx_stem import write_onnx_stem
 from moqe.formats.onnx_writer import write_onnx_expert
-from moqe.methods.vision import VISION_METHODS
+from moqe.methods.vision import VISION_METHODS, Job
 from moqe.models.classifier import Logits
 from moqe.models.convolutions import blocks, fold_batch_norms, observe_layers
 from moqe.models.image_features import first_stage, stem_pooling, stem_thinning
@@ -69,9 +69,9 @@ def write_files(folder: Path) -> None:
     folded = fold_batch_norms(network, example).network
     sites = observe_layers(folded, example)
     expert = Expert(name="int8", method="ptq", scheme="w8a8")
-    fitted = VISION_METHODS[expert.method].fit(
-        folded, sites, blocks(folded, example), Noise(CALIBRATION_IMAGES), scheme(expert.scheme), expert, 0, Silent()
-    )
+    images = Noise(CALIBRATION_IMAGES)
+    job = Job(folded, sites, blocks(folded, example), images, scheme(expert.scheme), expert, 0, Silent())
+    fitted = VISION_METHODS[expert.method].fit(job)
     write_onnx_expert(folder / "float.onnx", folded, (), IMAGE)
     write_onnx_expert(folder / "int8.onnx", folded, integer_biases(fitted.layers), IMAGE)
     shape = first_stage(folded, sites[0].name, example).shape[1:]

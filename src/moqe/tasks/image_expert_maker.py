@@ -17,7 +17,7 @@ from moqe.folder import MixtureFolder
 from moqe.formats.onnx_biases import integer_biases
 from moqe.formats.onnx_writer import write_onnx_expert
 from moqe.methods.certificate import LayerRecord, certify, significant
-from moqe.methods.vision import VISION_METHODS, VisionResult
+from moqe.methods.vision import VISION_METHODS, Job, VisionResult
 from moqe.models.convolutions import LayerSite
 from moqe.progress import Progress
 from moqe.recipe import Expert, Recipe
@@ -59,9 +59,8 @@ class ImageExpertMaker:
         folded, scheme = self.models.folded(expert.name), self.schemes[expert.name]
         device = folded.example.device
         images = PreparedImages(samples, folded.classifier.preprocessing, device)
-        result = VISION_METHODS[expert.method].fit(
-            folded.network, folded.sites, folded.blocks, images, scheme, expert, self.recipe.seed, progress
-        )
+        job = Job(folded.network, folded.sites, folded.blocks, images, scheme, expert, self.recipe.seed, progress)
+        result = VISION_METHODS[expert.method].fit(job)
         certificate = certify(
             expert, records(expert, scheme, folded.sites, result, len(images)), calibrated=expert.method != BASELINE
         )

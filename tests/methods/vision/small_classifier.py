@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moqe.methods.vision import Job
 from moqe.models.convolutions import LayerSite, blocks, observe_layers
+from moqe.progress import Silent
 from moqe.recipe import Expert
+from moqe.schemes import vision_scheme
 
 SIDE = 8
 CLASSES = 5
@@ -101,6 +104,20 @@ def make_setting() -> Setting:
 def expert(method: str, scheme: str, **options: object) -> Expert:
     """An expert of a method with the options of its section."""
     return Expert.model_validate({"name": "test", "method": method, "scheme": scheme, method: options})
+
+
+def job(setting: Setting, method: str, scheme: str, seed: int = 0, **options: object) -> Job:
+    """What a method with these options is asked to do with the small classifier."""
+    return Job(
+        setting.network,
+        setting.sites,
+        setting.blocks,
+        setting.images,
+        vision_scheme(scheme),
+        expert(method, scheme, **options),
+        seed,
+        Silent(),
+    )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_classifier import Setting, divergence, expert
+from small_classifier import Setting, divergence, job
 from torch import nn
 
 from moqe.errors import UnsupportedLayer
@@ -18,23 +18,13 @@ from moqe.methods.vision.learned_rounding import LearnedRounding, inverse_rectif
 from moqe.methods.vision.method import VisionResult
 from moqe.methods.vision.network import quantize_network
 from moqe.methods.vision.ptq import ptq_layers
-from moqe.progress import Silent
 from moqe.schemes import vision_scheme
 
 W4A4 = vision_scheme("w4a4")
 
 
 def fit(setting: Setting, name: str = "w4a4", **options: object) -> VisionResult:
-    return Brecq().fit(
-        setting.network,
-        setting.sites,
-        setting.blocks,
-        setting.images,
-        vision_scheme(name),
-        expert("brecq", name, **options),
-        0,
-        Silent(),
-    )
+    return Brecq().fit(job(setting, "brecq", name, **options))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +40,7 @@ def test_every_block_is_closer_than_with_nearest_rounding(setting: Setting, lear
 
 
 def test_the_network_is_closer_on_other_images(setting: Setting, learned: VisionResult) -> None:
-    plain = ptq_layers(setting.network, setting.sites, setting.images, W4A4, 0)
+    plain = ptq_layers(job(setting, "ptq", "w4a4"))
     before, after = (
         divergence(setting.network, quantize_network(setting.network, layers), setting.held_out)
         for layers in (plain, learned.layers)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_classifier import Setting, divergence, expert
+from small_classifier import Setting, divergence, job
 
 from moqe.errors import UnsupportedLayer
 from moqe.methods.vision.dsconv import DsConv, block_codes, distribution_shift
@@ -16,7 +16,6 @@ from moqe.methods.vision.layer import BlockFloat
 from moqe.methods.vision.method import VisionResult
 from moqe.methods.vision.network import quantize_network
 from moqe.methods.vision.ptq import round_weight
-from moqe.progress import Silent
 from moqe.schemes import vision_scheme
 
 W4A4 = vision_scheme("w4a4")
@@ -72,16 +71,7 @@ def test_a_depth_of_one_has_shifts_per_output_channel() -> None:
 
 
 def fit(setting: Setting, name: str = "w4a4", **options: object) -> VisionResult:
-    return DsConv().fit(
-        setting.network,
-        setting.sites,
-        setting.blocks,
-        setting.images,
-        vision_scheme(name),
-        expert("dsconv", name, **options),
-        0,
-        Silent(),
-    )
+    return DsConv().fit(job(setting, "dsconv", name, **options))
 
 
 def test_all_convolutions_and_no_linear(setting: Setting) -> None:

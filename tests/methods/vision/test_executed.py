@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_classifier import SIDE, Setting, expert
+from small_classifier import SIDE, Setting, job
 
 from moqe.formats.onnx_biases import integer_biases
 from moqe.formats.onnx_graph import export_float_graph
 from moqe.formats.onnx_writer import build_onnx_model
 from moqe.methods.vision import VISION_METHODS
-from moqe.progress import Silent
 from moqe.runtimes.onnx import OnnxRuntime
-from moqe.schemes import vision_scheme
 
 pytest.importorskip("onnxruntime")
 
@@ -29,16 +27,7 @@ def float_graph(setting: Setting) -> Any:
 @pytest.mark.parametrize("method", VISION_METHODS)
 def test_products_in_integers(setting: Setting, float_graph: Any, tmp_path: Path, method: str, scheme: str) -> None:
     options = {} if method == "ptq" else {"steps": 1}
-    result = VISION_METHODS[method].fit(
-        setting.network,
-        setting.sites,
-        setting.blocks,
-        setting.images,
-        vision_scheme(scheme),
-        expert(method, scheme, **options),
-        0,
-        Silent(),
-    )
+    result = VISION_METHODS[method].fit(job(setting, method, scheme, **options))
     model = build_onnx_model(float_graph, setting.network, integer_biases(result.layers), {})
     path = tmp_path / "expert.onnx"
     path.write_bytes(model.SerializeToString())

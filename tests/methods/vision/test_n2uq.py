@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_classifier import Setting, divergence, expert
+from small_classifier import Setting, divergence, job
 
 from moqe.methods.vision.layer import FINE_LEVELS, Thresholds, Uniform, WeightCodes
 from moqe.methods.vision.learned_thresholds import LearnedThresholds
@@ -14,8 +14,6 @@ from moqe.methods.vision.method import VisionResult
 from moqe.methods.vision.n2uq import EntropyWeight, N2uq
 from moqe.methods.vision.network import quantize_network
 from moqe.methods.vision.ptq import ptq_layers
-from moqe.progress import Silent
-from moqe.schemes import vision_scheme
 
 
 def three_intervals(start: float = 0.0, zero_point: int = 0) -> LearnedThresholds:
@@ -121,16 +119,7 @@ def test_entropy_preserving_weights_use_codes_equally_often() -> None:
 
 
 def fit(setting: Setting, name: str = "w4a4", **options: object) -> VisionResult:
-    return N2uq().fit(
-        setting.network,
-        setting.sites,
-        setting.blocks,
-        setting.images,
-        vision_scheme(name),
-        expert("n2uq", name, **options),
-        0,
-        Silent(),
-    )
+    return N2uq().fit(job(setting, "n2uq", name, **options))
 
 
 def test_training_brings_the_network_closer_on_other_images(setting: Setting) -> None:
@@ -140,7 +129,7 @@ def test_training_brings_the_network_closer_on_other_images(setting: Setting) ->
     names = [site.name for site in setting.sites]
     assert [layer.name for layer in trained.layers] == names[1:-1]  # both ends stay in full precision
     assert all(isinstance(layer.input, Thresholds) and layer.output is None for layer in trained.layers)
-    plain = ptq_layers(setting.network, setting.sites, setting.images, vision_scheme("w4a4"), 0)[1:-1]
+    plain = ptq_layers(job(setting, "ptq", "w4a4"))[1:-1]
     before, after = (
         divergence(setting.network, quantize_network(setting.network, layers), setting.held_out)
         for layers in (plain, trained.layers)

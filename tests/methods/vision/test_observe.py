@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_classifier import Images, Setting
+from small_classifier import Images, Setting, job
 from torch import Tensor
 
 from moqe.errors import NumericalError
@@ -14,7 +14,6 @@ from moqe.methods.vision.layer import Uniform
 from moqe.methods.vision.network import quantize_network
 from moqe.methods.vision.observe import Observed, observe, uniform_for, with_outputs
 from moqe.methods.vision.ptq import ptq_layers
-from moqe.schemes import vision_scheme
 
 
 def observed(values: Tensor) -> Observed:
@@ -83,7 +82,7 @@ def test_a_tensor_of_zeros_has_a_scale() -> None:
 
 
 def test_outputs_are_fitted_to_the_quantized_network(setting: Setting) -> None:
-    layers = ptq_layers(setting.network, setting.sites, setting.images, vision_scheme("w4a4"), seed=0)
+    layers = ptq_layers(job(setting, "ptq", "w4a4"))
     assert with_outputs(setting.network, layers, (), setting.images, 0) == layers
     made = with_outputs(setting.network, layers, ("plain.conv2",), setting.images, 0)
     assert [layer.name for layer in made] == [layer.name for layer in layers]

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import torch
-from small_classifier import Setting, divergence, expert
+from small_classifier import Setting, divergence, job
 
 from moqe.methods.vision.layer import Uniform
 from moqe.methods.vision.method import VisionResult
 from moqe.methods.vision.network import quantize_network
 from moqe.methods.vision.ptq import Ptq
-from moqe.progress import Silent
-from moqe.schemes import scheme, vision_scheme
 
 
 def fit(setting: Setting, name: str, **options: object) -> VisionResult:
-    return Ptq().fit(
-        setting.network,
-        setting.sites,
-        setting.blocks,
-        setting.images,
-        vision_scheme(name),
-        expert("ptq", name, **options),
-        seed=0,
-        progress=Silent(),
-    )
+    return Ptq().fit(job(setting, "ptq", name, **options))
 
 
 def test_fewer_bits_are_worse_and_eight_are_nearly_exact(setting: Setting) -> None:
@@ -70,9 +59,3 @@ def test_a_percentile_changes_the_range(setting: Setting) -> None:
     assert isinstance(plain, Uniform)
     assert isinstance(cut, Uniform)
     assert cut.scale < plain.scale
-
-
-def test_schemes_without_integer_activations_are_refused() -> None:
-    assert Ptq().supports(vision_scheme("w4a4")) == ""
-    assert "write w8a8" in Ptq().supports(scheme("w4a16"))
-    assert "write w8a8" in Ptq().supports(scheme("q4_k"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
-from small_classifier import Setting, divergence, expert
+from small_classifier import Images, Setting, divergence, job
 
 from moqe.errors import NumericalError
 from moqe.methods.vision.layer import QuantizedLayer, Uniform
@@ -15,8 +16,7 @@ from moqe.methods.vision.method import VisionResult
 from moqe.methods.vision.network import quantize_network
 from moqe.methods.vision.ptq import ptq_layers
 from moqe.methods.vision.qat import Qat, learned_activation, learned_input, learned_weight
-from moqe.methods.vision.training import attach, logits_of, shuffled, train, trainable_copy, trained_weight
-from moqe.progress import Silent
+from moqe.methods.vision.training import attach, shuffled, train, trainable_copy, trained_weight
 from moqe.schemes import vision_scheme
 
 W4A4 = vision_scheme("w4a4")
@@ -24,20 +24,11 @@ W4A4 = vision_scheme("w4a4")
 
 def fit(setting: Setting, name: str = "w4a4", seed: int = 0, **options: object) -> VisionResult:
     chosen = {"steps": 40, "batch_size": 32, **options}
-    return Qat().fit(
-        setting.network,
-        setting.sites,
-        setting.blocks,
-        setting.images,
-        vision_scheme(name),
-        expert("qat", name, **chosen),
-        seed,
-        Silent(),
-    )
+    return Qat().fit(job(setting, "qat", name, seed, **chosen))
 
 
 def test_training_brings_the_network_closer_on_other_images(setting: Setting) -> None:
-    plain = ptq_layers(setting.network, setting.sites, setting.images, W4A4, 0)
+    plain = ptq_layers(job(setting, "ptq", "w4a4"))
     trained = fit(setting)
     before, after = (
         divergence(setting.network, quantize_network(setting.network, layers), setting.held_out)
@@ -63,7 +54,7 @@ def test_same_seed_same_layers_and_no_global_state(setting: Setting) -> None:
 
 
 def test_a_trained_layer_is_stored_number_for_number(setting: Setting) -> None:
-    plain = ptq_layers(setting.network, setting.sites, setting.images, W4A4, 0)
+    plain = ptq_layers(job(setting, "ptq", "w4a4"))
     student = trainable_copy(setting.network)
     modules, activations = dict(student.named_modules()), dict[str, LearnedStep]()
     generator = torch.Generator().manual_seed(0)
@@ -108,21 +99,10 @@ def test_labels_are_used_only_on_request(setting: Setting) -> None:
 def test_a_loss_that_is_not_finite_is_reported(setting: Setting) -> None:
     network = trainable_copy(setting.network)
     weight = network.get_parameter("linear.weight").requires_grad_(True)
-    with pytest.raises(NumericalError, match="lower learning_rate"):
-        train(
-            network,
-            logits_of(setting.network, setting.images) * torch.inf,
-            setting.images,
-            [{"params": [weight], "lr": 0.1}],
-            steps=5,
-            batch_size=8,
-            loss="distill",
-            temperature=1.0,
-            seed=0,
-            constraints=[],
-            what="training",
-            progress=Silent(),
-        )
+    images = Images(setting.images.pixels * torch.nan, setting.images.labels)
+    asked = job(replace(setting, images=images), "qat", "w4a4", steps=5, batch_size=8)
+    with pytest.raises(NumericalError, match="test: the loss is not finite after 0 steps: lower learning_rate"):
+        train(asked, network, [{"params": [weight], "lr": 0.1}], [], asked.expert.qat)
 
 
 def test_every_row_comes_once_per_round() -> None:

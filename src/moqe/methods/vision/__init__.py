@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from moqe.methods.vision.brecq import Brecq
 from moqe.methods.vision.dsconv import DsConv
-from moqe.methods.vision.method import CalibrationImages, VisionMethod, VisionResult
+from moqe.methods.vision.method import CalibrationImages, Job, VisionMethod, VisionResult
 from moqe.methods.vision.n2uq import N2uq
 from moqe.methods.vision.ptq import Ptq
 from moqe.methods.vision.qat import Qat
@@ -24,4 +24,4 @@ VISION_METHODS: dict[str, VisionMethod] = {
     "dsconv": DsConv(),
 }
 
-__all__ = ["VISION_METHODS", "CalibrationImages", "VisionMethod", "VisionResult"]
+__all__ = ["VISION_METHODS", "CalibrationImages", "Job", "VisionMethod", "VisionResult"]

@@ -31,55 +31,36 @@ from moqe.methods.vision.fisher import fisher_weights
 from moqe.methods.vision.layer import QuantizedLayer, Uniform, WeightCodes, signed_range
 from moqe.methods.vision.learned_rounding import LearnedRounding
 from moqe.methods.vision.lsq import LearnedStep
-from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
-from moqe.methods.vision.observe import batches, with_outputs
-from moqe.methods.vision.output_error import error_notes
-from moqe.methods.vision.ptq import integer_only, output_names, ptq_layers
+from moqe.methods.vision.method import PASSES, CalibrationImages, Job, VisionResult
+from moqe.methods.vision.observe import batches
+from moqe.methods.vision.output_error import error_notes, significant
+from moqe.methods.vision.ptq import ptq_layers, with_int8_outputs
 from moqe.methods.vision.qat import learned_activation, learned_input
 from moqe.methods.vision.reconstruction import Reconstructed, Task, reconstruct
 from moqe.methods.vision.training import attach, trainable_copy
-from moqe.models.convolutions import LayerSite
-from moqe.progress import Progress
 from moqe.recipe import Expert
-from moqe.schemes import Scheme
 
 
 class Brecq:
     """Block reconstruction with learned rounding."""
-
-    name = "brecq"
-
-    def supports(self, scheme: Scheme) -> str:
-        """Integer schemes with quantized activations."""
-        return integer_only(scheme)
 
     def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
         """See `VisionMethod`."""
         # Every block is trained alone, from its own inputs and targets, found by running what comes before it twice.
         return (PASSES + 3 + blocks) * images + 3 * expert.brecq.steps * expert.brecq.batch_size
 
-    def fit(
-        self,
-        network: nn.Module,
-        sites: Sequence[LayerSite],
-        blocks: Sequence[str],
-        images: CalibrationImages,
-        scheme: Scheme,
-        expert: Expert,
-        seed: int,
-        progress: Progress,
-    ) -> VisionResult:
+    def fit(self, job: Job) -> VisionResult:
         """See `VisionMethod.fit`."""
-        options = expert.brecq
-        start = ptq_layers(network, sites, images, scheme, seed)
-        members = _members(blocks, start)
-        fisher = fisher_weights(network, blocks, images, seed)
+        options, network, images = job.expert.brecq, job.network, job.images
+        start = ptq_layers(job)
+        members = _members(job.blocks, start)
+        fisher = fisher_weights(network, job.blocks, images, job.seed)
         student = trainable_copy(network)
         modules = dict(student.named_modules())
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(job.seed)
         layers, outcomes = list[QuantizedLayer](), dict[str, Reconstructed]()
-        with progress.track(f"{expert.name}: reconstructing", options.steps * len(blocks)) as advance:
-            for block in blocks:
+        with job.progress.track(f"{job.expert.name}: reconstructing", options.steps * len(job.blocks)) as advance:
+            for block in job.blocks:
                 inputs = capture(student, block, images, output=False)
                 targets = capture(network, block, images, output=True)
                 roundings, steps = _attach(modules, members[block])
@@ -91,16 +72,16 @@ class Brecq:
                 modules[block].requires_grad_(False)
         order = {layer.name: index for index, layer in enumerate(start)}
         layers.sort(key=lambda layer: order[layer.name])
-        outputs = output_names(sites, scheme)
-        result = with_outputs(network, layers, outputs, images, seed)
-        notes = error_notes(network, result, with_outputs(network, start, outputs, images, seed), images)
+        result = with_int8_outputs(job, layers)
+        notes = error_notes(job, result, with_int8_outputs(job, start), steps=options.steps)
         for name, outcome in outcomes.items():
-            notes[name] |= {
-                "steps": options.steps,
-                "block_error": float(f"{outcome.learned_error:.6g}"),
-                "block_error_nearest": float(f"{outcome.nearest_error:.6g}"),
-                "settled": float(f"{outcome.settled:.6g}"),
-            }
+            notes[name] |= significant(
+                {
+                    "block_error": outcome.learned_error,
+                    "block_error_nearest": outcome.nearest_error,
+                    "settled": outcome.settled,
+                }
+            )
         return VisionResult(result, notes)
 
 

@@ -11,7 +11,7 @@ from moqe.schemes import Scheme, vision_scheme
 def check(expert: Expert) -> Scheme:
     """The scheme of an image expert.
 
-    Raises RecipeError: unknown method or scheme, a scheme the method lacks, an option that would have no effect.
+    Raises RecipeError: unknown method or scheme, an option that would have no effect.
     """
     where = f"expert {expert.name!r}"
     if expert.method not in VISION_METHODS:
@@ -20,8 +20,6 @@ def check(expert: Expert) -> Scheme:
         wanted = vision_scheme(expert.scheme)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
-    if reason := VISION_METHODS[expert.method].supports(wanted):
-        raise RecipeError(f"{where}: {expert.method} has no scheme {expert.scheme}: {reason}")
     for section in sorted((VISION_METHODS.keys() - {expert.method}) & expert.model_fields_set):
         raise RecipeError(f"{where}: options of {section} have no effect on {expert.method}: remove {section}")
     return wanted

@@ -26,7 +26,6 @@ Cost: a search over the weights; with adaptation, a forward and a backward pass 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,23 +36,20 @@ from torch.nn.functional import pad
 from moqe.errors import UnsupportedLayer
 from moqe.methods.grids import round_to_grid, searched_grid
 from moqe.methods.vision.layer import BlockFloat, QuantizedLayer, WeightCodes
-from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
+from moqe.methods.vision.method import PASSES, Job, VisionResult
 from moqe.methods.vision.observe import observe
 from moqe.methods.vision.output_error import error_notes
-from moqe.methods.vision.ptq import integer_only, ptq_layers, round_weight
+from moqe.methods.vision.ptq import ptq_layers, round_weight
 from moqe.methods.vision.qat import learned_weight
 from moqe.methods.vision.training import (
     Update,
     attach,
-    logits_of,
     step_group,
     train,
     trainable_copy,
     trained_weight,
     weight_groups,
 )
-from moqe.models.convolutions import LayerSite
-from moqe.progress import Progress
 from moqe.recipe import Expert
 from moqe.schemes import Scheme
 
@@ -61,33 +57,17 @@ from moqe.schemes import Scheme
 class DsConv:
     """Integer kernel blocks with float shifts."""
 
-    name = "dsconv"
-
-    def supports(self, scheme: Scheme) -> str:
-        """Integer schemes with quantized activations."""
-        return integer_only(scheme)
-
     def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
         """See `VisionMethod`."""
         return PASSES * images + 3 * expert.dsconv.steps * expert.dsconv.batch_size
 
-    def fit(
-        self,
-        network: nn.Module,
-        sites: Sequence[LayerSite],
-        blocks: Sequence[str],
-        images: CalibrationImages,
-        scheme: Scheme,
-        expert: Expert,
-        seed: int,
-        progress: Progress,
-    ) -> VisionResult:
+    def fit(self, job: Job) -> VisionResult:
         """See `VisionMethod.fit`."""
-        options = expert.dsconv
-        layers = dsconv_layers(network, sites, images, scheme, options.block, seed)
-        last_loss = None
+        options = job.expert.dsconv
+        layers = dsconv_layers(job)
+        noted: dict[str, float] = {"steps": options.steps}
         if options.steps:
-            student = trainable_copy(network)
+            student = trainable_copy(job.network)
             modules = dict(student.named_modules())
             groups, constraints = list[dict[str, Any]](), list[Update]()
             for layer in layers:
@@ -97,51 +77,31 @@ class DsConv:
                 groups += weight_groups(module, layer, options.learning_rate)
                 groups.append(step_group(weight.step, options.learning_rate))
                 constraints.append(weight.keep_positive)
-            last_loss = train(
-                student,
-                logits_of(network, images),
-                images,
-                groups,
-                steps=options.steps,
-                batch_size=options.batch_size,
-                loss="distill",
-                temperature=options.temperature,
-                seed=seed,
-                constraints=constraints,
-                what=f"{expert.name}: adapting",
-                progress=progress,
-            )
+            noted["final_loss"] = train(job, student, groups, constraints, options, what="adapting")
             layers = tuple(
                 QuantizedLayer(layer.name, *trained_weight(modules[layer.name], layer), layer.input) for layer in layers
             )
-        notes = error_notes(network, layers, ptq_layers(network, sites, images, scheme, seed), images)
-        for note in notes.values():
-            note["steps"] = options.steps
-            if last_loss is not None:
-                note["final_loss"] = float(f"{last_loss:.6g}")
-        return VisionResult(layers, notes)
+        return VisionResult(layers, error_notes(job, layers, ptq_layers(job), **noted))
 
 
-def dsconv_layers(
-    network: nn.Module, sites: Sequence[LayerSite], images: CalibrationImages, scheme: Scheme, block: int, seed: int
-) -> tuple[QuantizedLayer, ...]:
+def dsconv_layers(job: Job) -> tuple[QuantizedLayer, ...]:
     """Every convolution as integer blocks and shifts, without training. Images only say which inputs can be negative.
 
     Raises UnsupportedLayer when the network has no convolution.
     """
-    wanted = [site for site in sites if site.kind == "conv"]
+    wanted = [site for site in job.sites if site.kind == "conv"]
     if not wanted:
         raise UnsupportedLayer("dsconv quantizes convolutions, and the network has none: use another method")
-    inputs, _ = observe(network, [site.name for site in wanted], (), images, seed)
-    modules, layers = dict(network.named_modules()), []
+    inputs, _ = observe(job.network, [site.name for site in wanted], (), job.images, job.seed)
+    block, bits = job.expert.dsconv.block, job.scheme.activation_bits
+    modules, layers = dict(job.network.named_modules()), []
     for site in wanted:
         module = modules[site.name]
         assert isinstance(module, nn.Conv2d)
         bias = None if module.bias is None else module.bias.detach().cpu().clone()
-        activation = BlockFloat(scheme.activation_bits, block, inputs[site.name].lowest < 0.0, axis=1)
-        layers.append(
-            QuantizedLayer(site.name, block_codes(module.weight.detach().cpu(), scheme, block), bias, activation)
-        )
+        activation = BlockFloat(bits, block, inputs[site.name].lowest < 0.0, axis=1)
+        codes = block_codes(module.weight.detach().cpu(), job.scheme, block)
+        layers.append(QuantizedLayer(site.name, codes, bias, activation))
     return tuple(layers)
 
 

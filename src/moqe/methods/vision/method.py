@@ -47,31 +47,33 @@ class VisionResult:
     notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a method is asked to do.
+
+    network: a folded network, float32 and in eval mode, which is left as it was. sites: its convolutions and linears in
+    the order they run. blocks: names of the modules that are reconstructed together, in the order they run. images: to
+    calibrate and train on. expert: its options. seed: of every random choice; the global generators are not touched.
+    """
+
+    network: nn.Module
+    sites: Sequence[LayerSite]
+    blocks: Sequence[str]
+    images: CalibrationImages
+    scheme: Scheme
+    expert: Expert
+    seed: int
+    progress: Progress
+
+
 class VisionMethod(Protocol):
-    """An algorithm that quantizes an image classifier. Stateless."""
-
-    name: str
-
-    def supports(self, scheme: Scheme) -> str:
-        """Empty if the method makes this scheme, else one sentence: why not, and what to write instead."""
+    """An algorithm that quantizes an image classifier to any scheme of images. Stateless."""
 
     def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
         """About how many forward passes of one image `fit` takes, a step of training counted as three."""
 
-    def fit(
-        self,
-        network: nn.Module,
-        sites: Sequence[LayerSite],
-        blocks: Sequence[str],
-        images: CalibrationImages,
-        scheme: Scheme,
-        expert: Expert,
-        seed: int,
-        progress: Progress,
-    ) -> VisionResult:
-        """Quantize a folded network, float32 and in eval mode, which is left as it was.
+    def fit(self, job: Job) -> VisionResult:
+        """Quantize a network.
 
-        sites: its convolutions and linears in the order they run. blocks: names of the modules that are reconstructed
-        together, in the order they run. seed: of every random choice; the global generators are not touched.
         Raises NumericalError where numbers are not finite, UnsupportedLayer where a layer cannot be done.
         """

@@ -21,7 +21,6 @@ Cost: a forward and a backward pass per step and image, and as much again for th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,24 +29,20 @@ from torch import Tensor, nn
 from moqe.methods.vision.layer import QuantizedLayer, Uniform, signed_range
 from moqe.methods.vision.learned_thresholds import LearnedThresholds
 from moqe.methods.vision.lsq import LearnedStep
-from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
+from moqe.methods.vision.method import PASSES, Job, VisionResult
 from moqe.methods.vision.output_error import error_notes
-from moqe.methods.vision.ptq import integer_only, ptq_layers
+from moqe.methods.vision.ptq import ptq_layers
 from moqe.methods.vision.qat import learned_weight
 from moqe.methods.vision.training import (
     Update,
     attach,
-    logits_of,
     step_group,
     train,
     trainable_copy,
     trained_weight,
     weight_groups,
 )
-from moqe.models.convolutions import LayerSite
-from moqe.progress import Progress
 from moqe.recipe import Expert
-from moqe.schemes import Scheme
 
 THRESHOLD_SHARE = 1.0  # learning rate of thresholds and output scales, in levels, as a share of the weights' in steps
 
@@ -80,32 +75,16 @@ class EntropyWeight(nn.Module):
 class N2uq:
     """Learned thresholds in front of evenly spaced levels."""
 
-    name = "n2uq"
-
-    def supports(self, scheme: Scheme) -> str:
-        """Integer schemes with quantized activations."""
-        return integer_only(scheme)
-
     def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
         """See `VisionMethod`."""
         return PASSES * images + 3 * expert.n2uq.steps * expert.n2uq.batch_size
 
-    def fit(
-        self,
-        network: nn.Module,
-        sites: Sequence[LayerSite],
-        blocks: Sequence[str],
-        images: CalibrationImages,
-        scheme: Scheme,
-        expert: Expert,
-        seed: int,
-        progress: Progress,
-    ) -> VisionResult:
+    def fit(self, job: Job) -> VisionResult:
         """See `VisionMethod.fit`."""
-        options = expert.n2uq
-        plain = ptq_layers(network, sites, images, scheme, seed)
-        start = [layer for layer in plain if layer.name not in (sites[0].name, sites[-1].name)]
-        student = trainable_copy(network)
+        options = job.expert.n2uq
+        plain = ptq_layers(job)
+        start = [layer for layer in plain if layer.name not in (job.sites[0].name, job.sites[-1].name)]
+        student = trainable_copy(job.network)
         modules = dict(student.named_modules())
         thresholds = dict[str, LearnedThresholds]()
         groups, constraints = list[dict[str, Any]](), list[Update]()
@@ -120,27 +99,12 @@ class N2uq:
             if isinstance(weight, LearnedStep):
                 groups.append(step_group(weight.step, options.learning_rate))
                 constraints.append(weight.keep_positive)
-        last_loss = train(
-            student,
-            logits_of(network, images),
-            images,
-            groups,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            loss="distill",
-            temperature=options.temperature,
-            seed=seed,
-            constraints=constraints,
-            what=f"{expert.name}: training",
-            progress=progress,
-        )
+        last_loss = train(job, student, groups, constraints, options)
         layers = tuple(
             QuantizedLayer(layer.name, *trained_weight(modules[layer.name], layer), thresholds[layer.name].stored())
             for layer in start
         )
-        notes = error_notes(network, layers, plain, images)
-        for note in notes.values():
-            note.update(steps=options.steps, final_loss=float(f"{last_loss:.6g}"))
+        notes = error_notes(job, layers, plain, steps=options.steps, final_loss=last_loss)
         return VisionResult(layers, notes)
 
 

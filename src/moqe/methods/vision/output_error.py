@@ -6,14 +6,14 @@ network loses precision and is no judge: held-out loss is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moqe.methods.vision.layer import QuantizedLayer
-from moqe.methods.vision.method import CalibrationImages
+from moqe.methods.vision.method import CalibrationImages, Job
 from moqe.methods.vision.network import quantize_network
 
 IMAGES = 256  # that errors are measured on, at most
@@ -44,15 +44,20 @@ def output_errors(network: nn.Module, layers: Sequence[QuantizedLayer], images: 
 
 
 def error_notes(
-    network: nn.Module,
-    layers: Sequence[QuantizedLayer],
-    baseline: Sequence[QuantizedLayer],
-    images: CalibrationImages,
+    job: Job, layers: Sequence[QuantizedLayer], baseline: Sequence[QuantizedLayer], **others: float
 ) -> dict[str, dict[str, float]]:
-    """`error` and `ptq_error` of each of `layers`; baseline: what ptq made of the same network."""
-    own = output_errors(network, layers, images)
-    plain = own if layers is baseline else output_errors(network, baseline, images)
-    return {name: {"error": _significant(own[name]), "ptq_error": _significant(plain[name])} for name in own}
+    """`error` and `ptq_error` of each of `layers`; baseline: what ptq made of the same network.
+
+    others: what is noted of every layer alike.
+    """
+    own = output_errors(job.network, layers, job.images)
+    plain = own if layers is baseline else output_errors(job.network, baseline, job.images)
+    return {name: significant({"error": own[name], "ptq_error": plain[name], **others}) for name in own}
+
+
+def significant(note: Mapping[str, float]) -> dict[str, float]:
+    """A note with six digits of each number: more would differ from one processor to the next."""
+    return {key: float(f"{value:.6g}") for key, value in note.items()}
 
 
 def _keep(module: nn.Module, where: dict[str, Tensor], name: str) -> Any:
@@ -61,7 +66,3 @@ def _keep(module: nn.Module, where: dict[str, Tensor], name: str) -> Any:
 
     keep: Callable[..., None] = hook
     return module.register_forward_hook(keep)
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from moqe.errors import UnsupportedLayer
 from moqe.methods.grids import round_to_grid, searched_grid
 from moqe.methods.vision.layer import QuantizedLayer, WeightCodes
-from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
+from moqe.methods.vision.method import PASSES, Job, VisionResult
 from moqe.methods.vision.observe import observe, uniform_for, with_outputs
 from moqe.methods.vision.output_error import error_notes
 from moqe.models.convolutions import LayerSite
-from moqe.progress import Progress
 from moqe.recipe import Expert
 from moqe.schemes import Scheme
 
@@ -35,64 +34,34 @@ from moqe.schemes import Scheme
 class Ptq:
     """Plain post-training quantization."""
 
-    name = "ptq"
-
-    def supports(self, scheme: Scheme) -> str:
-        """Integer schemes with quantized activations."""
-        return integer_only(scheme)
-
     def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
         """See `VisionMethod`."""
         return PASSES * images
 
-    def fit(
-        self,
-        network: nn.Module,
-        sites: Sequence[LayerSite],
-        blocks: Sequence[str],
-        images: CalibrationImages,
-        scheme: Scheme,
-        expert: Expert,
-        seed: int,
-        progress: Progress,
-    ) -> VisionResult:
+    def fit(self, job: Job) -> VisionResult:
         """See `VisionMethod.fit`."""
-        with progress.track(f"{expert.name}: calibrating", 3) as advance:
-            layers = ptq_layers(network, sites, images, scheme, seed, expert.ptq.percentile)
+        with job.progress.track(f"{job.expert.name}: calibrating", 3) as advance:
+            layers = ptq_layers(job, job.expert.ptq.percentile)
             advance(1)
-            layers = with_outputs(network, layers, output_names(sites, scheme), images, seed)
+            layers = with_int8_outputs(job, layers)
             advance(1)
-            notes = error_notes(network, layers, layers, images)
+            notes = error_notes(job, layers, layers)
             advance(1)
         return VisionResult(layers, notes)
 
 
-def integer_only(scheme: Scheme) -> str:
-    """Why a scheme is not for images, or nothing: integer weights of 8 bits or fewer and integer activations."""
-    if scheme.is_block or scheme.activation_bits > 8 or scheme.weight_bits > 8:
-        return "images need integer weights and activations of 8 bits or fewer: write w8a8, w4a8 or w4a4"
-    return ""
-
-
-def ptq_layers(
-    network: nn.Module,
-    sites: Sequence[LayerSite],
-    images: CalibrationImages,
-    scheme: Scheme,
-    seed: int,
-    percentile: float | None = None,
-) -> tuple[QuantizedLayer, ...]:
+def ptq_layers(job: Job, percentile: float | None = None) -> tuple[QuantizedLayer, ...]:
     """Every site quantized plainly, without output quantizers: where all trained methods start.
 
     Raises UnsupportedLayer when the network has no site, NumericalError where numbers are not finite.
     """
-    if not sites:
+    if not job.sites:
         raise UnsupportedLayer("the network has no convolution or linear to quantize")
-    modules = dict(network.named_modules())
-    inputs, _ = observe(network, [site.name for site in sites], (), images, seed)
+    modules = dict(job.network.named_modules())
+    inputs, _ = observe(job.network, [site.name for site in job.sites], (), job.images, job.seed)
     layers = []
-    for site in sites:
-        own = layer_scheme(site, sites, scheme)
+    for site in job.sites:
+        own = layer_scheme(site, job.sites, job.scheme)
         module = modules[site.name]
         assert isinstance(module, nn.Conv2d | nn.Linear)
         bias = None if module.bias is None else module.bias.detach().cpu().clone()
@@ -116,8 +85,9 @@ def round_weight(weight: Tensor, scheme: Scheme) -> WeightCodes:
     return WeightCodes(codes.view(weight.shape), scale[:, 0].contiguous(), 0, scheme.weight_bits)
 
 
-def output_names(sites: Sequence[LayerSite], scheme: Scheme) -> tuple[str, ...]:
-    """The layers whose outputs int8 execution quantizes right there; none where the network is not all int8."""
-    if (scheme.weight_bits, scheme.activation_bits) != (8, 8):
-        return ()
-    return tuple(site.name for site in sites if site.needs_output)
+def with_int8_outputs(job: Job, layers: Sequence[QuantizedLayer]) -> tuple[QuantizedLayer, ...]:
+    """The layers with output quantizers where int8 execution needs them; as they are where not all is int8."""
+    if (job.scheme.weight_bits, job.scheme.activation_bits) != (8, 8):
+        return tuple(layers)
+    names = [site.name for site in job.sites if site.needs_output]
+    return with_outputs(job.network, layers, names, job.images, job.seed)

@@ -19,64 +19,42 @@ Cost: a forward and a backward pass per step and image, half as much again for r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moqe.methods.vision.layer import QuantizedLayer, Uniform, signed_range
 from moqe.methods.vision.lsq import LearnedStep
-from moqe.methods.vision.method import PASSES, CalibrationImages, VisionResult
-from moqe.methods.vision.observe import with_outputs
+from moqe.methods.vision.method import PASSES, Job, VisionResult
 from moqe.methods.vision.output_error import error_notes
-from moqe.methods.vision.ptq import integer_only, output_names, ptq_layers
+from moqe.methods.vision.ptq import ptq_layers, with_int8_outputs
 from moqe.methods.vision.training import (
     Update,
     attach,
-    logits_of,
     step_group,
     train,
     trainable_copy,
     trained_weight,
     weight_groups,
 )
-from moqe.models.convolutions import LayerSite
-from moqe.progress import Progress
 from moqe.recipe import Expert
-from moqe.schemes import Scheme
 
 
 class Qat:
     """Quantization-aware training with learned steps."""
 
-    name = "qat"
-
-    def supports(self, scheme: Scheme) -> str:
-        """Integer schemes with quantized activations."""
-        return integer_only(scheme)
-
     def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
         """See `VisionMethod`."""
         return PASSES * images + 3 * expert.qat.steps * expert.qat.batch_size
 
-    def fit(
-        self,
-        network: nn.Module,
-        sites: Sequence[LayerSite],
-        blocks: Sequence[str],
-        images: CalibrationImages,
-        scheme: Scheme,
-        expert: Expert,
-        seed: int,
-        progress: Progress,
-    ) -> VisionResult:
+    def fit(self, job: Job) -> VisionResult:
         """See `VisionMethod.fit`."""
-        options = expert.qat
-        start = ptq_layers(network, sites, images, scheme, seed)
-        student = trainable_copy(network)
+        options = job.expert.qat
+        start = ptq_layers(job)
+        student = trainable_copy(job.network)
         modules = dict(student.named_modules())
-        features = {site.name: torch.Size(site.input_shape).numel() for site in sites}
+        features = {site.name: torch.Size(site.input_shape).numel() for site in job.sites}
         activations = dict[str, LearnedStep]()
         groups, constraints = list[dict[str, Any]](), list[Update]()
         for layer in start:
@@ -88,20 +66,7 @@ class Qat:
             groups += [step_group(each.step, options.learning_rate) for each in (weight, activation)]
             constraints += [weight.keep_positive, activation.keep_positive]
             activations[layer.name] = activation
-        last_loss = train(
-            student,
-            logits_of(network, images),
-            images,
-            groups,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            loss=options.loss,
-            temperature=options.temperature,
-            seed=seed,
-            constraints=constraints,
-            what=f"{expert.name}: training",
-            progress=progress,
-        )
+        last_loss = train(job, student, groups, constraints, options, options.loss)
         layers = tuple(
             QuantizedLayer(
                 layer.name,
@@ -110,11 +75,8 @@ class Qat:
             )
             for layer in start
         )
-        layers = with_outputs(network, layers, output_names(sites, scheme), images, seed)
-        plain = with_outputs(network, start, output_names(sites, scheme), images, seed)
-        notes = error_notes(network, layers, plain, images)
-        for note in notes.values():
-            note.update(steps=options.steps, final_loss=float(f"{last_loss:.6g}"))
+        layers, plain = with_int8_outputs(job, layers), with_int8_outputs(job, start)
+        notes = error_notes(job, layers, plain, steps=options.steps, final_loss=last_loss)
         return VisionResult(layers, notes)
 
 

@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils import parametrize
 
 from moqe.errors import NumericalError
+from moqe.method_options import DsConv, N2uq, Qat
 from moqe.methods.vision.layer import QuantizedLayer, WeightCodes, signed_range
-from moqe.methods.vision.method import CalibrationImages
+from moqe.methods.vision.method import CalibrationImages, Job
 from moqe.methods.vision.observe import batches
-from moqe.progress import Progress
 
 Loss = Literal["distill", "labels"]
 Update = Callable[[], None]
@@ -107,33 +107,28 @@ def logits_of(network: nn.Module, images: CalibrationImages) -> Tensor:
 
 
 def train(
+    job: Job,
     student: nn.Module,
-    teacher: Tensor,
-    images: CalibrationImages,
     groups: Sequence[dict[str, Any]],
-    *,
-    steps: int,
-    batch_size: int,
-    loss: Loss,
-    temperature: float,
-    seed: int,
     constraints: Sequence[Update],
-    what: str,
-    progress: Progress,
+    options: Qat | N2uq | DsConv,
+    loss: Loss = "distill",
+    what: str = "training",
 ) -> float:
-    """Follow Adam with a cosine schedule for `steps` updates; returns the mean loss of the last tenth.
+    """Follow Adam with a cosine schedule for `options.steps` updates; returns the mean loss of the last tenth.
 
-    teacher: the full-precision logits of all images, (n, classes). groups: Adam's parameter groups, each with its own
-    `lr`. loss: `distill` is KL(teacher || student), both at this temperature; `labels` the cross-entropy with the
-    images' labels. constraints are called after each update, for instance to keep steps positive.
+    groups: Adam's parameter groups, each with its own `lr`. constraints are called after each update, for instance to
+    keep steps positive. loss: `distill` is KL(teacher || student), both at `options.temperature`, the teacher being the
+    job's full-precision network; `labels` the cross-entropy with the images' labels. what: to show beside the progress.
     Raises NumericalError when the loss is no longer finite.
     """
+    images, steps, temperature = job.images, options.steps, options.temperature
     optimizer = torch.optim.Adam(list(groups))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    generator = torch.Generator().manual_seed(seed)
-    rows_of = shuffled(len(images), min(batch_size, len(images)), generator)
-    target, last = log_softmax(teacher / temperature, -1), list[float]()
-    with progress.track(what, steps) as advance:
+    generator = torch.Generator().manual_seed(job.seed)
+    rows_of = shuffled(len(images), min(options.batch_size, len(images)), generator)
+    target, last = log_softmax(logits_of(job.network, images) / temperature, -1), list[float]()
+    with job.progress.track(f"{job.expert.name}: {what}", steps) as advance:
         for step in range(steps):
             rows = next(rows_of)
             logits = student(images.batch(rows).contiguous(memory_format=torch.channels_last))
@@ -144,7 +139,9 @@ def train(
             else:
                 value = cross_entropy(logits, images.labels[rows])
             if not torch.isfinite(value):
-                raise NumericalError(f"{what}: the loss is not finite after {step} steps: lower learning_rate")
+                raise NumericalError(
+                    f"{job.expert.name}: the loss is not finite after {step} steps: lower learning_rate"
+                )
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
