@@ -172,6 +172,7 @@ def test_features_of_an_expert_are_counted_and_used(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "m" / "verdict.json").read_text())["protocols"]["whole"]
     paper = found["routers"]["paper"]
     assert paper["cost"] == pytest.approx(1.0 + paper["share"]["ptq4"])  # ptq8 always runs
+    assert set(found["policies"]) == {"route", "cascade"}  # compared with, whichever is deployed
     mixture = moqe.load(tmp_path / "m")
     answer = mixture.classify(first_image("test"))
     assert answer.cost == 1.0 + (answer.expert == "ptq4")
@@ -183,6 +184,17 @@ def test_features_of_an_expert_are_counted_and_used(tmp_path: Path) -> None:
     assert torch.allclose(deployed.predict(features), saved.predict(features), atol=1e-5)
     assert isinstance(deployed, NetworkRouter)
     assert isinstance(deployed.network, OnnxNetwork)
+
+
+def test_a_route_needs_no_images_for_a_cascade(tmp_path: Path) -> None:
+    content = recipe_for_digits()
+    content["experts"] = content["experts"][:2]
+    content["data"] |= {"router_samples": 32, "test_samples": 20}  # eight of them for validation
+    content["router"] = {"epochs": 1, "preset": "paper"}
+    moqe.build(moqe.parse_recipe(content), tmp_path / "m")
+    found = json.loads((tmp_path / "m" / "verdict.json").read_text())["protocols"]["whole"]
+    assert (found["policy"], found["policies"]) == ("route", {})
+    assert moqe.load(tmp_path / "m").classify(first_image("test")).cost == 1.0
 
 
 def test_onnx_runtime_scores_a_table_of_its_own(tmp_path: Path, digits: Path) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 
 from moqe.evaluate import BASE, LossTable, LossTableFile, Predictions, judge, read_losses, read_predictions
 from moqe.evaluate.contact import contact_sheet
-from moqe.evaluate.judge import MIXTURE
+from moqe.evaluate.judge import CASCADE, MIXTURE
 from moqe.evaluate.publish import publish
 from moqe.evaluate.routing import JUDGING_STEPS, ROUTERS, Answers, RoutingData, answer, fit_routers
 from moqe.evaluate.verdict import ExpertSummary, Verdict, write_verdict
@@ -18,6 +18,7 @@ from moqe.folder import MixtureFolder
 from moqe.progress import Advance, Progress
 from moqe.recipe import Expert, Recipe
 from moqe.router import load_cascade, load_router, save_cascade, save_router
+from moqe.router.policy_file import FILE as CASCADE_FILE
 from moqe.store import disk_bytes, write_json
 from moqe.tasks import ExpertFacts, Task
 
@@ -129,9 +130,10 @@ def _answer(
     """What the folder's routers and policies of one protocol do with the test samples."""
     routers = {name: load_router(place.router(protocol) / name) for name in ROUTERS}
     experts = tuple(expert.name for expert in recipe.experts)
-    cascade = None
-    if predictions is not None and len(experts) > 1:
-        cascade = load_cascade(place.router(protocol) / MIXTURE, len(experts))
+    cascade, deployed = None, place.router(protocol) / MIXTURE
+    wanted = recipe.router.policy == CASCADE or (deployed / CASCADE_FILE).exists()  # without enough images: none
+    if predictions is not None and len(experts) > 1 and wanted:
+        cascade = load_cascade(deployed, len(experts))
     runs_first = None if task.feature_expert is None else experts.index(task.feature_expert)
     return answer(
         test,

@@ -1,5 +1,6 @@
 """Routers and a cascade, fitted to simulated images whose class a feature shows."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from moqe.errors import RecipeError
+from moqe.errors import DataError, RecipeError
 from moqe.evaluate import judge
-from moqe.evaluate.routing import JUDGING_STEPS, ROUTERS, RoutingData, answer, fit_routers
+from moqe.evaluate.routing import JUDGING_STEPS, ROUTERS, FittedRouters, RoutingData, answer, fit_routers
 from moqe.progress import Silent
 from moqe.recipe import Router
 from moqe.router import Cascade, VectorFeatures
@@ -111,3 +112,24 @@ def test_a_cascade_needs_two_experts(simulated_images: Images, quiet: Silent) ->
         fit_routers(
             data_of(train), data_of(validation), OPTIONS.model_copy(update={"policy": "cascade"}), "image", 0, quiet
         )
+
+
+def test_too_few_images_for_a_cascade_stop_only_who_wants_one(
+    simulated_images: Images, quiet: Silent, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "moqe")
+    train = data_of(simulated_images(0, n=40))
+
+    def fit(images: int, policy: str) -> FittedRouters:
+        options = OPTIONS.model_copy(update={"preset": "paper", "policy": policy})
+        return fit_routers(train, data_of(simulated_images(1, n=images)), options, "image", 0, quiet)
+
+    assert fit(10, "route").cascade is not None
+    assert not caplog.records
+    assert fit(9, "route").cascade is None
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "no cascade to compare with: it needs 10 images that are new to the router, and there are 9"
+    )
+    with pytest.raises(DataError, match="needs at least 10 samples new to the router, and there are 9"):
+        fit(9, "cascade")

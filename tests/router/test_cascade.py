@@ -209,7 +209,7 @@ def test_too_few_samples():
     nothing = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(DataError, match="no samples"):
         fit_cascade(nothing, torch.zeros(0, 3, 4), nothing, 1.5)
-    with pytest.raises(DataError, match="needs at least 10 samples new to the router, and there are 9"):
+    with pytest.raises(DataError, match="needs at least 10 samples new to the router, and there are 9: add images"):
         fit_guarded_cascade(*draw(20, 8), 1.5, torch.arange(20) < 9)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,9 @@ from moqe.router import (
     fit_tuned,
 )
 from moqe.router.baselines import Constant
+from moqe.router.cascade import FEWEST_UNSEEN
+
+log = logging.getLogger("moqe")
 
 UNGUARDED = "unguarded"  # the deployed router before its guard: what the routing curve is drawn from
 SHOWN_BASELINES = ("constant", "linear", "knn")
@@ -63,7 +67,8 @@ class FittedRouters:
     """The routers of one protocol by name (see ROUTERS), and how they were selected, as JSON values.
 
     `mixture` is the recipe's preset with its guard; `paper` has none, as in the paper; `tuned` has one. cascade: on top
-    of `mixture`; None where there are no predictions or there is one expert only.
+    of `mixture`; None where there are no predictions or there is one expert only, and where too few samples are new to
+    the router and nobody asked for a cascade.
     """
 
     routers: Mapping[str, Router]
@@ -81,8 +86,9 @@ def fit_routers(
 ) -> FittedRouters:
     """Fit both presets, the baselines and the cascade.
 
-    Raises DataError when there are too few documents, NumericalError when training diverges, RecipeError for a cascade
-    of one expert.
+    With `policy: route` a cascade is only there to be compared with, and a warning says so where there are too few
+    samples for one. Raises DataError when there are too few documents, or too few samples for `policy: cascade`;
+    NumericalError when training diverges, RecipeError for a cascade of one expert.
     """
     examples, unseen = train.examples, validation.examples
     paper = fit_paper(options, examples, unseen, seed, modality, progress)
@@ -103,20 +109,28 @@ def fit_routers(
     wanted = examples.experts > 1 or options.policy == "cascade"  # of one expert: an error that says so
     if train.predictions is not None and validation.predictions is not None and wanted:
         with progress.track("fit the cascade", 1) as advance:
-            cascade = _fit_cascade(train.predictions, validation.predictions, deployed, options.max_cost, seed)
+            cascade = _fit_cascade(train.predictions, validation.predictions, deployed, options, seed)
             advance(1)
     return FittedRouters(routers, selection, cascade)
 
 
 def _fit_cascade(
-    train: Predictions, validation: Predictions, router: FittedRouter, max_cost: float, seed: int
-) -> CascadeDecision:
-    """A cascade on a router's choices, judged where the router had not seen the sample."""
+    train: Predictions, validation: Predictions, router: FittedRouter, options: RouterOptions, seed: int
+) -> CascadeDecision | None:
+    """A cascade on a router's choices, judged where the router had not seen the sample; see `fit_routers`."""
+    found = len(router.unseen.rows)
+    if options.policy == ROUTE and found < FEWEST_UNSEEN:
+        log.warning(
+            "no cascade to compare with: it needs %d images that are new to the router, and there are %d",
+            FEWEST_UNSEEN,
+            found,
+        )
+        return None
     probabilities = torch.from_numpy(np.concatenate([train.probabilities, validation.probabilities]))
     label = torch.from_numpy(np.concatenate([train.label, validation.label]))
     choice, known = torch.zeros_like(label), torch.zeros(len(label), dtype=torch.bool)
     choice[router.unseen.rows], known[router.unseen.rows] = router.unseen.choice, True
-    return fit_guarded_cascade(choice, probabilities, label, max_cost, known, seed)
+    return fit_guarded_cascade(choice, probabilities, label, options.max_cost, known, seed)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from moqe.errors import DataError, RecipeError
 from moqe.router.uncertainty import ClusteredMean, clustered_mean
 
 FOLDS = 5
+FEWEST_UNSEEN = 2 * FOLDS  # samples new to the router that a guarded cascade takes
 _Z = 1.6449  # the 95 % quantile of the normal distribution
 _SMALLEST = 1e-9  # probabilities of a label count at least this much, so that one image cannot decide a tie
 
@@ -160,12 +161,15 @@ def fit_guarded_cascade(
     it beats the one on the best single expert by more than the standard error of their difference, and the one taken is
     kept if it beats its first experts' own answers by so much.
 
-    Raises as `fit_cascade` does, and DataError for fewer than ten unseen samples.
+    Raises as `fit_cascade` does, and DataError for fewer than FEWEST_UNSEEN unseen samples.
     """
     _check(choice, probabilities, labels, max_cost)
     known = torch.arange(len(choice)) if unseen is None else torch.where(unseen)[0]
-    if len(known) < 2 * FOLDS:
-        raise DataError(f"a cascade needs at least {2 * FOLDS} samples new to the router, and there are {len(known)}")
+    if len(known) < FEWEST_UNSEEN:
+        raise DataError(
+            f"a cascade needs at least {FEWEST_UNSEEN} samples new to the router, and there are {len(known)}: "
+            "add images to data.router, or set router.policy to route"
+        )
     single = int((probabilities.argmax(2) == labels[:, None]).double().mean(0).argmax())
     samples = _Samples(torch.full_like(choice, single), probabilities, labels)
     routed = _Samples(choice[known], probabilities[known], labels[known])
