@@ -56,7 +56,7 @@ def estimate_images(
     making = {
         expert.name: seconds[expert.name]
         * FAKE_QUANTIZATION
-        * VISION_METHODS[expert.method].forward_passes(expert, calibration, len(folded[expert.name].blocks))
+        * VISION_METHODS[expert.method].forward_passes(expert, calibration)
         for expert in recipe.experts
     }
     sizes = {name: expert_file_bytes(folded[name], scheme) for name, scheme in schemes.items()}

@@ -12,12 +12,14 @@ from small_classifier import Setting, divergence, job
 from torch import nn
 
 from moqe.errors import UnsupportedLayer
-from moqe.methods.vision.brecq import Brecq, capture
+from moqe.methods.vision import brecq
+from moqe.methods.vision.brecq import Brecq
 from moqe.methods.vision.fisher import fisher_weights
 from moqe.methods.vision.learned_rounding import LearnedRounding, inverse_rectified_sigmoid, rectified_sigmoid
 from moqe.methods.vision.method import VisionResult
 from moqe.methods.vision.network import quantize_network
 from moqe.methods.vision.ptq import ptq_layers
+from moqe.methods.vision.walk import inputs_of, outputs_of
 from moqe.schemes import vision_scheme
 
 W4A4 = vision_scheme("w4a4")
@@ -67,7 +69,10 @@ def test_the_reported_error_is_that_of_the_stored_layers(setting: Setting, learn
     quantized = quantize_network(setting.network, learned.layers)
     weights = fisher_weights(setting.network, setting.blocks, setting.images, seed=0)
     for block in setting.blocks:
-        made, truth = (capture(each, block, setting.images, output=True) for each in (quantized, setting.network))
+        made, truth = (
+            outputs_of(each.get_submodule(block), inputs_of(each, block, setting.images))
+            for each in (quantized, setting.network)
+        )
         error = float(((made - truth).square() * weights[block]).mean())
         note = next(note for name, note in learned.notes.items() if name.startswith(block))
         assert note["block_error"] == pytest.approx(error, rel=0.02)
@@ -80,6 +85,21 @@ def test_repeatable_and_without_global_state(setting: Setting) -> None:
     assert first.notes == second.notes
     for one, two in zip(first.layers, second.layers, strict=True):
         assert torch.equal(one.weight.codes, two.weight.codes)
+
+
+def test_carrying_outputs_to_the_next_block_changes_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    original = brecq.inputs_of
+    monkeypatch.setattr(brecq, "inputs_of", lambda net, name, images: runs.append(name) or original(net, name, images))
+    carried = fit(setting, steps=8)
+    assert runs == ["stem", "stem", "plain", "plain", "linear", "linear"]  # in both networks, where no block precedes
+    monkeypatch.setattr(brecq, "followers", lambda *_: frozenset())
+    again = fit(setting, steps=8)
+    assert len(runs) == 6 + 2 * len(setting.blocks)
+    assert carried.notes == again.notes
+    for one, two in zip(carried.layers, again.layers, strict=True):
+        assert torch.equal(one.weight.codes, two.weight.codes)
+        assert one.input == two.input
 
 
 def test_layers_outside_of_blocks_are_refused(setting: Setting) -> None:
@@ -135,14 +155,3 @@ def test_fisher_weights_are_mean_squared_gradients(setting: Setting) -> None:
     torch.testing.assert_close(found["linear"], expected / expected.mean())
     assert found["widen"].shape == (16, 4, 4)
     assert float(found["widen"].mean()) == pytest.approx(1.0)
-
-
-def test_capture_stops_behind_the_module(setting: Setting) -> None:
-    inputs = capture(setting.network, "widen", setting.images, output=False)
-    outputs = capture(setting.network, "widen", setting.images, output=True)
-    torch.testing.assert_close(setting.network.get_submodule("widen")(inputs), outputs)
-    ran = []
-    handle = setting.network.get_submodule("linear").register_forward_hook(lambda *_: ran.append(1))
-    capture(setting.network, "widen", setting.images, output=True)
-    handle.remove()
-    assert ran == []

@@ -14,40 +14,41 @@ Different:
 - The error is divided by that of rounding to nearest, so that the regularizer's weight means the same in all blocks.
 - Hundreds of updates per block with a larger learning rate instead of 20,000.
 
-Cost: forward passes through the part before each block, and `steps` forward and backward passes of that block alone.
-Memory: inputs and targets of one block for all images.
+Cost: `steps` forward and backward passes of each block alone; a pass over all images through each block, and one
+through what lies before it where blocks do not form a chain (`walk.py`), in both networks. Memory: inputs and targets
+of one block for all images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moqe.errors import UnsupportedLayer
 from moqe.methods.vision.fisher import fisher_weights
 from moqe.methods.vision.layer import QuantizedLayer, Uniform, WeightCodes, signed_range
 from moqe.methods.vision.learned_rounding import LearnedRounding
 from moqe.methods.vision.lsq import LearnedStep
-from moqe.methods.vision.method import PASSES, CalibrationImages, Job, VisionResult
-from moqe.methods.vision.observe import batches
+from moqe.methods.vision.method import PASSES, Job, VisionResult
 from moqe.methods.vision.output_error import error_notes, significant
 from moqe.methods.vision.ptq import ptq_layers, with_int8_outputs
 from moqe.methods.vision.qat import learned_activation, learned_input
 from moqe.methods.vision.reconstruction import Reconstructed, Task, reconstruct
 from moqe.methods.vision.training import attach, trainable_copy
+from moqe.methods.vision.walk import followers, inputs_of, outputs_of
 from moqe.recipe import Expert
 
 
 class Brecq:
     """Block reconstruction with learned rounding."""
 
-    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+    def forward_passes(self, expert: Expert, images: int) -> float:
         """See `VisionMethod`."""
-        # Every block is trained alone, from its own inputs and targets, found by running what comes before it twice.
-        return (PASSES + 3 + blocks) * images + 3 * expert.brecq.steps * expert.brecq.batch_size
+        # Fisher weights are a step of training; blocks and what lies before the last one are run in both networks.
+        return (PASSES + 3 + 4) * images + 3 * expert.brecq.steps * expert.brecq.batch_size
 
     def fit(self, job: Job) -> VisionResult:
         """See `VisionMethod.fit`."""
@@ -55,14 +56,20 @@ class Brecq:
         start = ptq_layers(job)
         members = _members(job.blocks, start)
         fisher = fisher_weights(network, job.blocks, images, job.seed)
+        carried = followers(network, job.blocks, images.batch(torch.arange(min(2, len(images)))))
         student = trainable_copy(network)
         modules = dict(student.named_modules())
         generator = torch.Generator().manual_seed(job.seed)
         layers, outcomes = list[QuantizedLayer](), dict[str, Reconstructed]()
+        inputs = targets = torch.empty(0)
         with job.progress.track(f"{job.expert.name}: reconstructing", options.steps * len(job.blocks)) as advance:
-            for block in job.blocks:
-                inputs = capture(student, block, images, output=False)
-                targets = capture(network, block, images, output=True)
+            for last, block in pairwise(("", *job.blocks)):
+                exact = network.get_submodule(block)
+                if block in carried:
+                    inputs, targets = outputs_of(modules[last], inputs), outputs_of(exact, targets)
+                else:
+                    inputs = inputs_of(student, block, images)
+                    targets = outputs_of(exact, inputs_of(network, block, images))
                 roundings, steps = _attach(modules, members[block])
                 task = Task(modules[block], roundings, steps, inputs, targets, fisher[block])
                 outcome = reconstruct(task, options, generator, advance)
@@ -83,47 +90,6 @@ class Brecq:
                 }
             )
         return VisionResult(result, notes)
-
-
-@torch.no_grad()
-def capture(network: nn.Module, name: str, images: CalibrationImages, output: bool) -> Tensor:
-    """What goes into a module, or comes out of it, for all images: (n, ...). Nothing behind the module is run."""
-    parts = list[Tensor]()
-    module = network.get_submodule(name)
-    handle = (
-        module.register_forward_hook(_stop_after(parts))
-        if output
-        else module.register_forward_pre_hook(_stop_at(parts))
-    )
-    try:
-        for batch in batches(images):
-            try:
-                network(batch.contiguous(memory_format=torch.channels_last))
-            except _Stopped:
-                continue
-    finally:
-        handle.remove()
-    return torch.cat(parts)
-
-
-class _Stopped(Exception):
-    """A forward pass that has seen enough."""
-
-
-def _stop_at(parts: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        parts.append(arguments[0].clone())
-        raise _Stopped
-
-    return hook
-
-
-def _stop_after(parts: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        parts.append(output.clone())
-        raise _Stopped
-
-    return hook
 
 
 def _members(blocks: Sequence[str], layers: Sequence[QuantizedLayer]) -> dict[str, list[QuantizedLayer]]:

@@ -57,7 +57,7 @@ from moqe.schemes import Scheme
 class DsConv:
     """Integer kernel blocks with float shifts."""
 
-    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+    def forward_passes(self, expert: Expert, images: int) -> float:
         """See `VisionMethod`."""
         return PASSES * images + 3 * expert.dsconv.steps * expert.dsconv.batch_size
 

@@ -69,7 +69,7 @@ class Job:
 class VisionMethod(Protocol):
     """An algorithm that quantizes an image classifier to any scheme of images. Stateless."""
 
-    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+    def forward_passes(self, expert: Expert, images: int) -> float:
         """About how many forward passes of one image `fit` takes, a step of training counted as three."""
 
     def fit(self, job: Job) -> VisionResult:

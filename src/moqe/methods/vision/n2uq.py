@@ -75,7 +75,7 @@ class EntropyWeight(nn.Module):
 class N2uq:
     """Learned thresholds in front of evenly spaced levels."""
 
-    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+    def forward_passes(self, expert: Expert, images: int) -> float:
         """See `VisionMethod`."""
         return PASSES * images + 3 * expert.n2uq.steps * expert.n2uq.batch_size
 

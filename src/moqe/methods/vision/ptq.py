@@ -34,7 +34,7 @@ from moqe.schemes import Scheme
 class Ptq:
     """Plain post-training quantization."""
 
-    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+    def forward_passes(self, expert: Expert, images: int) -> float:
         """See `VisionMethod`."""
         return PASSES * images
 

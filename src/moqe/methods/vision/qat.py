@@ -44,7 +44,7 @@ from moqe.recipe import Expert
 class Qat:
     """Quantization-aware training with learned steps."""
 
-    def forward_passes(self, expert: Expert, images: int, blocks: int) -> float:
+    def forward_passes(self, expert: Expert, images: int) -> float:
         """See `VisionMethod`."""
         return PASSES * images + 3 * expert.qat.steps * expert.qat.batch_size
 
