@@ -3,14 +3,17 @@
 Value i of a row occupies the bits i*b to i*b + b - 1 of the row, counted from the lowest bit of its first word; where b
 does not divide 32, a value may straddle two words. 32 values therefore fill b words exactly.
 
-Where b divides 8, no value straddles two bytes and the words are seen as bytes, lowest first as on every little-endian
-machine and in every safetensors file. Other widths take 32 vectorised passes over 1/32 of the values each.
+Words are seen as bytes, and numbers of several bytes as bytes, lowest first as on every little-endian machine and in
+every safetensors file. Packing takes 8 / b passes where b divides 8 and 32 passes over 1/32 of the values otherwise;
+unpacking widens runs of up to eight values by shifting halves apart, in passes of one byte a value.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_WIDTHS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of so many bytes
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -47,21 +50,51 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """Undo `pack`: uint8, (rows, columns), from int32 words, (rows, packed_words)."""
     rows = words.shape[0]
-    mask = (1 << bits) - 1
+    # A copy, because a contiguous tensor of one column may keep strides that forbid looking at its bytes.
+    if bits == 8:
+        return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)[:, :columns].contiguous()
     if 8 % bits == 0:
-        # A copy, because a contiguous tensor of one column may keep strides that forbid looking at its bytes.
+        together = 8 // bits
         octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # (rows, 4 * words)
-        parts = [octets >> position * bits & mask for position in range(8 // bits)]
-        return torch.stack(parts, -1).view(rows, -1)[:, :columns].contiguous()
-    chunks = -(-columns // 32)
-    padded = torch.zeros(rows, chunks * bits, dtype=torch.int64, device=words.device)
-    padded[:, : words.shape[1]] = words.to(torch.int64) & 0xFFFFFFFF
-    padded = padded.view(rows, chunks, bits)
-    values = torch.empty(rows, chunks, 32, dtype=torch.uint8, device=words.device)
-    for position in range(32):
-        word, shift = divmod(position * bits, 32)
-        value = padded[..., word] >> shift
-        if shift + bits > 32:
-            value = value | padded[..., word + 1] << (32 - shift)
-        values[..., position] = (value & mask).to(torch.uint8)
-    return values.view(rows, chunks * 32)[:, :columns].contiguous()
+        values = _spread(octets.to(_WIDTHS[together]), bits, together)
+    else:
+        values = _spread(_eights(words, bits), bits, 8)
+    return values.view(rows, -1)[:, :columns].contiguous()
+
+
+def _eights(words: Tensor, bits: int) -> Tensor:
+    """The bits of eight neighbouring values as one number: int64, (rows, eights), of a width that does not divide 8.
+
+    32 values fill `bits` words, so there are four numbers of `bits` bytes to that many words.
+    """
+    rows, chunks = words.shape[0], -(-words.shape[1] // bits)
+    whole = words
+    if words.shape[1] != chunks * bits:
+        whole = torch.zeros(rows, chunks * bits, dtype=torch.int32, device=words.device)
+        whole[:, : words.shape[1]] = words
+    whole = whole.reshape(rows, chunks, bits)
+    eights = torch.empty(rows, chunks, 4, dtype=torch.int64, device=words.device)
+    for position in range(4):
+        word, shift = divmod(position * 8 * bits, 32)
+        value = (whole[..., word].to(torch.int64) & 0xFFFFFFFF) >> shift
+        for further in range(1, -(-(shift + 8 * bits) // 32)):
+            value |= (whole[..., word + further].to(torch.int64) & 0xFFFFFFFF) << 32 * further - shift
+        eights[..., position] = value & (1 << 8 * bits) - 1
+    return eights.view(rows, -1)
+
+
+def _spread(numbers: Tensor, bits: int, count: int) -> Tensor:
+    """Give each of the `count` values in the low bits of every number a byte of its own: uint8, (rows, count * n).
+
+    numbers: (rows, n), `count` bytes each, overwritten. Upper halves move away from lower ones, then the same within
+    halves and within quarters: log2(count) times four operations, each on as many bytes as the result has.
+    """
+    together = count // 2
+    while together:
+        run = (1 << together * bits) - 1
+        uppers = sum(run << start + together * bits for start in range(0, 8 * count, 16 * together))
+        upper = numbers & uppers
+        numbers ^= upper
+        numbers |= upper.bitwise_left_shift_((8 - bits) * together)
+        together //= 2
+    return numbers.view(torch.uint8)
