@@ -101,6 +101,25 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def loud_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with softer logits and louder blocks, so that quantization changes what it says."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("loud") / "base"
+    shutil.copytree(tiny_base, folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.5)
+        for name, parameter in model.model.layers.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.mul_(6)
+    model.save_pretrained(folder)
+    return folder
+
+
 def recipe_for(base: Path, texts: Path) -> dict[str, Any]:
     """A recipe for a base model and text files, as the mapping a YAML file would hold."""
 

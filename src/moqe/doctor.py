@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from moqe.errors import MissingExtra
+from moqe.models.processor import cpu_flags, has_vnni
 from moqe.runtimes.int8_gain import int8_gain
-from moqe.runtimes.processor import cpu_flags, has_vnni
 
 EXTRAS = {
     "datasets": "hub",

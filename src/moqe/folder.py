@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+CERTIFICATE = "certificate.json"
+
 
 @dataclass(frozen=True)
 class MixtureFolder:
@@ -44,7 +46,15 @@ class MixtureFolder:
 
     def certificate(self, name: str) -> Path:
         """The certificate of one expert."""
-        return self.expert(name) / "certificate.json"
+        return self.expert(name) / CERTIFICATE
+
+    def quantized(self, name: str) -> Path:
+        """While building: the folder of an expert as its method left it, before distillation."""
+        return self.work / "quantized" / name
+
+    def training(self, name: str) -> Path:
+        """While building: the state of an expert's distillation."""
+        return self.work / "distill" / name
 
     @property
     def losses(self) -> Path:

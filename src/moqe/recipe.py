@@ -6,14 +6,15 @@ made from it; two recipes with the same hash make the same bytes.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from moqe.errors import RecipeError, did_you_mean
-from moqe.method_options import Awq, Brecq, DsConv, Gptq, N2uq, Ptq, Qat, Rtn, SmoothQuant
+from moqe.method_options import Awq, Brecq, Distill, DsConv, Gptq, N2uq, Ptq, Qat, Rtn, SmoothQuant
 from moqe.options import Options
 from moqe.store import canonical_hash
 
@@ -30,8 +31,11 @@ RESERVED_NAMES = frozenset(
         "tuned",
         "linear",
         "knn",
+        "logistic",
         "unguarded",
         "cascade",
+        "probe",
+        "domain",
         "moqe",
     }
 )
@@ -113,8 +117,10 @@ class Expert(Options):
 
     `calibration` weighs the calibration domains in the statistics (a missing domain counts 1); empty weighs all alike.
     `on_unsupported` says what happens to a layer that the method cannot do; `block_fallback` names the block scheme
-    for rows that the block scheme's super-blocks do not fit. `base` and `weights` make an image expert of another
-    full-precision model with the same labels.
+    for rows that the block scheme's super-blocks do not fit. `distill` trains the scales end to end afterwards.
+    `codes_of` names the expert whose integer codes this one takes over instead of making its own: what distinguishes it
+    is how its scales are distilled. `base` and `weights` make an image expert of another full-precision model with the
+    same labels.
     """
 
     name: Name
@@ -123,6 +129,7 @@ class Expert(Options):
     group_size: int | None = Field(None, ge=0)
     symmetric: bool | None = None
     checkpoint: str = ""
+    codes_of: str = ""
     base: str = ""
     weights: str = ""
     calibration: dict[str, float] = Field(default_factory=dict)
@@ -138,13 +145,23 @@ class Expert(Options):
     brecq: Brecq = Brecq()
     n2uq: N2uq = N2uq()
     dsconv: DsConv = DsConv()
+    distill: Distill | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Expert:
         if self.name in RESERVED_NAMES:
             raise ValueError(f"expert name {self.name!r} is reserved: choose another")
+        if self.codes_of:
+            if without_effect := self.model_fields_set - {"name", "codes_of", "distill"}:
+                surplus = ", ".join(sorted(without_effect))
+                raise ValueError(f"expert {self.name!r} has the codes of {self.codes_of!r}: remove {surplus}")
+            if self.distill is None:
+                raise ValueError(
+                    f"expert {self.name!r} has the codes of {self.codes_of!r} and no distill: it would be equal"
+                )
+            return self
         if bool(self.checkpoint) == bool(self.method):
-            raise ValueError(f"expert {self.name!r} needs either method and scheme, or checkpoint")
+            raise ValueError(f"expert {self.name!r} needs either method and scheme, or checkpoint, or codes_of")
         if self.checkpoint and (without_effect := self.model_fields_set - {"name", "checkpoint"}):
             raise ValueError(
                 f"expert {self.name!r} is a checkpoint, taken as it is: remove {', '.join(without_effect)}"
@@ -154,6 +171,75 @@ class Expert(Options):
         if any(weight < 0 for weight in self.calibration.values()):
             raise ValueError(f"expert {self.name!r}: calibration weights must not be negative")
         return self
+
+
+GENERALIST = "generalist"
+OWN_WEIGHT = 8.0
+
+
+class Specialists(Options):
+    """Experts made for the inputs they will get: a generalist, and specialists that weigh one domain or cluster more.
+
+    `by: domain` makes one per calibration domain, named after it; `by: cluster` makes `count`, for the clusters that
+    k-means finds in the calibration windows' mean embeddings, and needs no labels. `share: codes`: all have the
+    generalist's integer codes and differ in distilled scales, which takes a few percent of an expert each. `share:
+    none`: each has codes of its own, from statistics that weigh its domain `own_weight` times. `own_weight` is also how
+    much oftener distillation sees the specialist's own windows; None tries 4, 8 and 16 and keeps, for each specialist,
+    what its domain's validation windows like best. `rounds` of alternation: give every calibration window to the expert
+    that serves it best, distill again on these, and stop when validation does not improve. The generalist is distilled
+    just as long on everything, and is what the guard falls back to.
+    """
+
+    count: int | None = Field(None, ge=2)
+    by: Literal["domain", "cluster"] = "domain"
+    method: str = "gptq"
+    scheme: str = "w4a16"
+    group_size: int | None = Field(64, ge=0)
+    symmetric: bool | None = None
+    share: Literal["codes", "none"] = "codes"
+    own_weight: float | None = Field(OWN_WEIGHT, gt=1.0)
+    rounds: int = Field(0, ge=0)
+    distill: Distill = Distill()
+
+    def labels(self, sources: Sources) -> tuple[str, ...]:
+        """What the calibration windows are told apart by. Raises ValueError where that does not work out."""
+        if self.by == "cluster":
+            if self.count is None:
+                raise ValueError("specialists.count is missing: by cluster needs to know how many")
+            return tuple(f"cluster-{number + 1}" for number in range(self.count))
+        domains = tuple(dict.fromkeys(source.label for source in sources))
+        if len(domains) < 2:
+            raise ValueError(
+                "specialists by domain need calibration sources of two domains: give `domain`, or by: cluster"
+            )
+        if self.count not in (None, len(domains)):
+            raise ValueError(
+                f"specialists.count is {self.count} and calibration has {len(domains)} domains: leave count out, or "
+                "choose by: cluster"
+            )
+        return domains
+
+    def experts(self, labels: tuple[str, ...]) -> tuple[Expert, ...]:
+        """The generalist and one specialist per label, as a recipe could have listed them."""
+        made: dict[str, Any] = {
+            "method": self.method,
+            "scheme": self.scheme,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+        }
+        generalist = Expert(name=GENERALIST, distill=self.distill, **made)
+        found = [generalist]
+        for label in labels:
+            distill = self.distill.model_copy(update={"weights": {label: self.own_weight}})
+            weighed = made | {"calibration": {label: self.own_weight or OWN_WEIGHT}}
+            own: dict[str, Any] = {"codes_of": GENERALIST} if self.share == "codes" else weighed
+            found.append(Expert(name=specialist_name(label), distill=distill, **own))
+        return tuple(found)
+
+
+def specialist_name(label: str) -> str:
+    """The expert's name for a domain's label, which may be a path."""
+    return "for-" + (re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-._") or "domain")[-56:]
 
 
 class Balance(Options):
@@ -171,12 +257,15 @@ class Router(Options):
 
     `preset: paper` is the paper's network and hyperparameters; `tuned` tries a small set and keeps what measures best
     on validation. What a recipe sets replaces both presets' values; the verdict's line `paper` is the paper's router
-    where the recipe sets nothing but the preset. `guard` falls back to the best single expert unless the predicted gain
-    clears its standard error.
+    where the recipe sets nothing but the preset. `guard` falls back to the best single expert, among specialists to the
+    generalist, unless the predicted gain clears its standard error. `novelty`: among specialists, inputs that lie
+    farther from the training samples than this share of the validation documents get the generalist; None routes all.
 
-    Images: `feature` is what the router sees, the base model's first stage, pooled, or the penultimate features of the
-    recipe's first expert. `loss` is what it is trained on. `policy: cascade` asks a second expert where the first is
-    unsure, as long as the mean cost, in forward passes of an expert per image, stays within `max_cost`.
+    `policy` is what is done with predictions: `route` asks the expert with the lowest one. Texts: `probe` lets every
+    expert score the first `protocol.prefix` tokens instead, and the best of them go on. Images: `cascade` asks a second
+    expert where the first is unsure, as long as the mean cost, in forward passes of an expert per image, stays within
+    `max_cost`; `feature` is what the router sees, the base model's first stage, pooled, or the penultimate features of
+    the recipe's first expert; `loss` is what it is trained on.
     """
 
     preset: Literal["paper", "tuned"] = "tuned"
@@ -191,10 +280,11 @@ class Router(Options):
     dropout: float | None = Field(None, ge=0.0, lt=1.0)
     balance: Balance = Balance()
     guard: bool = True
+    novelty: float | None = Field(0.99, gt=0.0, lt=1.0)
     max_tokens: int = Field(512, ge=1)
     feature: Literal["stem", "backbone"] = "stem"
     loss: Literal["cross_entropy", "zero_one"] = "cross_entropy"
-    policy: Literal["route", "cascade"] = "route"
+    policy: Literal["route", "cascade", "probe"] = "route"
     max_cost: float = Field(1.1, ge=1.0, le=2.0)
 
 
@@ -211,14 +301,14 @@ ONLY: dict[str, dict[type[Options], frozenset[str]]] = {
         Source: frozenset({"domain", "separator"}),
         Data: frozenset({"window"}),
         Expert: frozenset({"checkpoint", "calibration", "sequential", "on_unsupported", "block_fallback"})
-        | {"group_size", "symmetric", "gptq", "awq", "smoothquant", "rtn"},
+        | {"group_size", "symmetric", "gptq", "awq", "smoothquant", "rtn", "codes_of", "distill"},
         Router: frozenset({"layers", "heads", "dropout", "max_tokens"}),
     },
     "image-classification": {
         Source: frozenset({"label_column"}),
         Data: frozenset({"preprocessing"}),
         Expert: frozenset({"base", "weights"}) | {"ptq", "qat", "brecq", "n2uq", "dsconv"},
-        Router: frozenset({"feature", "loss", "policy", "max_cost"}),
+        Router: frozenset({"feature", "loss", "max_cost"}),
     },
 }
 
@@ -235,14 +325,17 @@ class Recipe(Options):
     task: Literal["language", "image-classification"] = "language"
     runtime: Literal["reference", "onnx"] = "reference"
     data: Data
-    experts: tuple[Expert, ...] = Field(min_length=1)
+    experts: tuple[Expert, ...] = ()
+    specialists: Specialists | None = None
     router: Router = Router()
     protocol: Protocol = Protocol()
     seed: int = Field(0, ge=0)
     bootstrap_samples: int = Field(2000, ge=100)
+    _listed: int = PrivateAttr(0)  # how many experts were listed; those of `specialists` follow
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        self._expand()
         names = [expert.name.lower() for expert in self.experts]  # some file systems do not tell cases apart
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -252,11 +345,50 @@ class Recipe(Options):
             raise ValueError(
                 f"protocol.prefix ({self.protocol.prefix}) must be shorter than data.window ({self.data.window})"
             )
+        self._refuse_other_tasks_policy()
         return self
+
+    def _expand(self) -> None:
+        """Add the experts that `specialists` stands for, and complete those that have another's codes."""
+        listed = self.experts
+        if self.specialists is not None:
+            listed += self.specialists.experts(self.specialists.labels(self.data.calibration))
+        if not listed:
+            raise ValueError("there are no experts: list some, or describe specialists")
+        by_name = {expert.name: expert for expert in listed}
+        self._listed = len(self.experts)
+        object.__setattr__(self, "experts", tuple(_with_codes(expert, by_name) for expert in listed))
+
+    @property
+    def generalist(self) -> str | None:
+        """The expert that inputs of an unknown kind get; None where there are no specialists."""
+        return GENERALIST if self.specialists is not None else None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The recipe as it could be written, defaults left out."""
+        content = self.model_dump(mode="json", exclude_defaults=True)
+        listed = content.pop("experts")[: self._listed]
+        for expert in listed:
+            if expert.get("codes_of"):
+                for key in set(expert) - {"name", "codes_of", "distill"}:
+                    del expert[key]
+        return content | ({"experts": listed} if listed else {})
+
+    def _refuse_other_tasks_policy(self) -> None:
+        """Raise ValueError for a policy that this task has not, or that the protocol gives nothing to work on."""
+        policy, images = self.router.policy, self.task == "image-classification"
+        if policy == "cascade" and not images:
+            raise ValueError("router.policy cascade averages class probabilities, of images: choose route or probe")
+        if policy == "probe" and images:
+            raise ValueError("router.policy probe scores the first tokens of texts: choose route or cascade")
+        if policy == "probe" and (self.protocol.route_on != "prefix" or self.protocol.prefix < 2):
+            raise ValueError(
+                "router.policy probe scores the prefix: set protocol.route_on to prefix and protocol.prefix to 2 or more"
+            )
 
     def _refuse_other_tasks_keys(self) -> None:
         """Raise ValueError for a stated key that this task does not read."""
-        own = {"language": {"protocol"}, "image-classification": {"weights", "runtime"}}
+        own = {"language": {"protocol", "specialists"}, "image-classification": {"weights", "runtime"}}
         foreign = [
             key for task, keys in own.items() if task != self.task for key in sorted(keys & self.model_fields_set)
         ]
@@ -272,6 +404,22 @@ class Recipe(Options):
     def hash(self) -> str:
         """16 hexadecimal digits that name this recipe; defaults count, comments and key order do not."""
         return canonical_hash(self.model_dump(mode="json"))
+
+
+def _with_codes(expert: Expert, by_name: dict[str, Expert]) -> Expert:
+    """An expert with `codes_of` gets the method and number format of the expert it names. Raises ValueError."""
+    if not expert.codes_of:
+        if expert.distill is not None and expert.distill.branch_after:
+            raise ValueError(f"expert {expert.name!r}: distill.branch_after needs codes_of")
+        return expert
+    owner = by_name.get(expert.codes_of)
+    if owner is None:
+        raise ValueError(f"expert {expert.name!r}: codes_of: {did_you_mean(expert.codes_of, by_name)}")
+    if owner.codes_of or not owner.method:
+        raise ValueError(
+            f"expert {expert.name!r}: {owner.name!r} has no codes of its own: name an expert with a method"
+        )
+    return owner.model_copy(update={"name": expert.name, "codes_of": expert.codes_of, "distill": expert.distill})
 
 
 def parse_recipe(content: object, origin: str = "recipe") -> Recipe:
@@ -305,7 +453,7 @@ def load_recipe(path: Path | str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, without the options left at their defaults."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.to_mapping(), sort_keys=False, allow_unicode=True)
 
 
 def _explain(origin: str, problem: Any) -> str:

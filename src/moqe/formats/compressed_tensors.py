@@ -1,4 +1,4 @@
-"""Compressed-tensors folders: what `transformers` and `vllm serve` load as they are. Written and read here.
+"""Compressed-tensors folders: what `transformers` and `vllm serve` load as they are. Written here.
 
 Format: safetensors shards, an index and a `config.json` whose `quantization_config` says how linears are stored.
     pack-quantized   <linear>.weight_packed   int32 (out, words), codes as unsigned bit stream along the inputs
@@ -11,6 +11,10 @@ Format: safetensors shards, an index and a `config.json` whose `quantization_con
 Our shard 1 holds what all experts of a mixture share and is a hard link to `<mixture>/shared/`; shard k + 2 is decoder
 block k, so an interrupted build goes on at the first block whose file is absent. Which linears were kept in full
 precision or have another group size is read back from the shards, so a resumed build needs no other memory of them.
+
+An expert whose scales are distilled has two shards a block: `codes-...` with codes and zero points, and `scales-...`
+with the rest. Experts that share codes have hard links to one file of codes, so each costs its scales only, and each
+folder is still one that others load.
 
 Cost: one block in memory at a time. Limits, checked with transformers 5.23 and compressed-tensors 0.20: asymmetric
 packed weights load only with `dequantize=True` (the loader expects their zero points unpacked), which in turn drops the
@@ -28,9 +32,8 @@ import torch
 from torch import Tensor
 
 from moqe.errors import CheckpointError
-from moqe.formats.bit_packing import pack, packed_words, unpack
-from moqe.formats.compressed_tensors_config import PACKED, read_config, storage_format, write_config
-from moqe.formats.grouped_codes import grouped
+from moqe.formats.bit_packing import pack
+from moqe.formats.compressed_tensors_config import PACKED, storage_format, write_config
 from moqe.formats.safetensors_folder import INDEX, SafetensorsFolder, in_block, read_header, read_tensor, save_tensors
 from moqe.quantized import IntegerTensor, Quantized
 from moqe.schemes import Scheme
@@ -48,7 +51,6 @@ SURROUNDINGS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_FIELDS = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
 
 
 def write_shared(base: Path, shared: Path) -> None:
@@ -69,18 +71,37 @@ def write_shared(base: Path, shared: Path) -> None:
 
 
 class CompressedTensorsWriter:
-    """Writes one expert. Satisfies `ExpertWriter`. base: the model's folder; shared: see `write_shared`."""
+    """Writes one expert. Satisfies `ExpertWriter`. base: the model's folder; shared: see `write_shared`.
 
-    def __init__(self, folder: Path, base: Path, shared: Path, scheme: Scheme, number_of_blocks: int) -> None:
+    split: keep codes and scales in files of their own. codes_of: the folder of a split expert whose files of codes are
+    linked in place of writing the same again; what is given to `write` must then have its codes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base: Path,
+        shared: Path,
+        scheme: Scheme,
+        number_of_blocks: int,
+        *,
+        split: bool = False,
+        codes_of: Path | None = None,
+    ) -> None:
         self.folder, self.base, self.shared = folder, base, shared
         self.scheme, self.number_of_blocks = scheme, number_of_blocks
+        self.codes_of = codes_of
+        self._kinds = ("codes", "scales") if split or codes_of is not None else ("model",)
 
-    def _shard(self, number: int) -> Path:
-        return self.folder / f"model-{number:05d}-of-{self.number_of_blocks + 1:05d}.safetensors"
+    def _shard(self, number: int, kind: str = "model") -> Path:
+        return self.folder / f"{kind}-{number:05d}-of-{self.number_of_blocks + 1:05d}.safetensors"
+
+    def _shards(self, block: int) -> list[Path]:
+        return [self._shard(block + 2, kind) for kind in self._kinds]
 
     def has(self, block: int) -> bool:
         """Whether block `block` is already on disk, whole."""
-        return self._shard(block + 2).exists()
+        return all(path.exists() for path in self._shards(block))
 
     def write(self, block: int, tensors: Mapping[str, Quantized | Tensor]) -> None:
         """Write all parameters of one decoder block, by the base model's full parameter names.
@@ -90,7 +111,20 @@ class CompressedTensorsWriter:
         stored: dict[str, Tensor] = {}
         for name, value in tensors.items():
             stored.update({name: value} if isinstance(value, Tensor) else self._encode(name, value))
-        save_tensors(self._shard(block + 2), stored)
+        if self._kinds == ("model",):
+            save_tensors(self._shard(block + 2), stored)
+            return
+        scaled = {name.removesuffix("_scale") for name in stored if name.endswith(".weight_scale")}
+        fixed = {f"{weight}{field}" for weight in scaled for field in ("", "_packed", "_shape", "_zero_point")}
+        codes = {name: tensor for name, tensor in stored.items() if name in fixed}
+        path = self._shard(block + 2, "codes")
+        if self.codes_of is not None:
+            link(self.codes_of / path.name, path)
+        else:
+            save_tensors(path, codes)
+        save_tensors(
+            self._shard(block + 2, "scales"), {name: part for name, part in stored.items() if name not in codes}
+        )
 
     def _encode(self, name: str, value: Quantized) -> dict[str, Tensor]:
         asked = (self.scheme.weight_bits, self.scheme.activation_bits, self.scheme.symmetric)
@@ -110,21 +144,21 @@ class CompressedTensorsWriter:
         total = 0
         kept: list[str] = []
         other_groups: dict[int, list[str]] = defaultdict(list)
-        for number in range(1, self.number_of_blocks + 2):
-            path = self._shard(number)
-            header = read_header(path)
-            weight_map.update(dict.fromkeys(sorted(header), path.name))
-            total += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
-            if number == 1:
+        for paths in ([self._shard(1)], *(self._shards(block) for block in range(self.number_of_blocks))):
+            headers = {path: read_header(path) for path in paths}
+            for path, header in headers.items():
+                weight_map.update(dict.fromkeys(sorted(header), path.name))
+                total += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+            if paths == [self._shard(1)]:
                 continue
-            shapes = {name: entry["shape"] for name, entry in header.items()}
-            for name in sorted(shapes):
+            entries = {name: entry for header in headers.values() for name, entry in header.items()}
+            for name in sorted(entries):
                 linear = name.removesuffix(".weight_scale")
                 if linear != name:
-                    size = self._group_size(path, linear, shapes)
+                    size = self._group_size(paths[0], linear, {key: entry["shape"] for key, entry in entries.items()})
                     if size != self.scheme.group_size:
                         other_groups[size].append(linear)
-                elif name.endswith(".weight") and len(shapes[name]) == 2 and header[name]["dtype"] != "I8":
+                elif name.endswith(".weight") and len(entries[name]["shape"]) == 2 and entries[name]["dtype"] != "I8":
                     kept.append(name.removesuffix(".weight"))
         write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         config = read_json(self.base / "config.json")
@@ -160,94 +194,3 @@ def encode(linear: str, tensor: IntegerTensor) -> dict[str, Tensor]:
         if tensor.zero_point is not None:
             fields["weight_zero_point"] = (tensor.zero_point.to(torch.int16) - half).to(torch.int8)
     return {f"{linear}.{field}": value for field, value in fields.items()}
-
-
-class CompressedTensorsFiles:
-    """A compressed-tensors folder opened for reading, ours or llm-compressor's. Satisfies `ExpertFiles`.
-
-    Raises CheckpointError when files are missing or damaged, or stored in a way MoQE does not run exactly.
-    """
-
-    format = "compressed-tensors"
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        config = read_json(folder / "config.json")
-        self._formats = read_config(config.get("quantization_config") or {}, str(folder / "config.json"))
-        self._files = SafetensorsFolder(folder)
-
-    def names(self) -> list[str]:
-        """Names of the parameters this folder holds, quantized or not."""
-        packed = {
-            name.removesuffix("_packed") if name.endswith(".weight_packed") else name
-            for name in self._files.names()
-            if name.endswith(".weight_packed") or not name.endswith(_FIELDS)
-        }
-        return sorted(packed)
-
-    def activation_bits(self, name: str) -> int:
-        """Bits of the dynamic per-token quantization of the input of a linear's weight `name`; 16 means none."""
-        linear = name.removesuffix(".weight")
-        scheme = self._formats.scheme_of(linear)
-        return 16 if scheme is None or f"{linear}.weight_scale" not in self._files else scheme.activation_bits
-
-    def load(self, name: str) -> Quantized | Tensor:
-        """One parameter: quantized, or a float tensor. Raises CheckpointError when it is damaged or inconsistent."""
-        linear = name.removesuffix(".weight")
-        is_weight = linear != name
-        scheme = self._formats.scheme_of(linear) if is_weight else None
-        if not is_weight or f"{linear}.weight_scale" not in self._files:
-            if not self._files.is_float(name):
-                raise CheckpointError(f"{self._files.path(name)}: {name} holds integers and has no scale")
-            if scheme is not None and in_block(name) and len(self._files.shape(name)) == 2:
-                raise CheckpointError(
-                    f"{self._files.path(name)}: {name} is in full precision though config.json says it is quantized: "
-                    "list it under ignore, or save the model compressed"
-                )
-            return self._files.tensor(name)
-        if scheme is None:
-            raise CheckpointError(f"{self.folder}: {linear} is quantized, but no config group covers it")
-        try:
-            return self._decode(linear, scheme)
-        except (ValueError, RuntimeError) as error:
-            where = self._files.path(f"{linear}.weight_scale")
-            raise CheckpointError(f"{where}: {name} is damaged ({error}): build or download it again") from error
-
-    def _decode(self, linear: str, scheme: Scheme) -> IntegerTensor | Tensor:
-        bits, half = scheme.weight_bits, 1 << (scheme.weight_bits - 1)
-        scale = self._files.tensor(f"{linear}.weight_scale")
-        zero_key, order_key = f"{linear}.weight_zero_point", f"{linear}.weight_g_idx"
-        zero = self._files.tensor(zero_key) if not scheme.symmetric else None
-        if f"{linear}.weight_packed" in self._files:
-            rows, columns = (int(size) for size in self._files.tensor(f"{linear}.weight_shape"))
-            codes = _unpack(self._files.tensor(f"{linear}.weight_packed"), bits, rows, columns)
-        else:
-            stored = self._files.tensor(f"{linear}.weight")
-            if stored.dtype != torch.int8:
-                raise ValueError(f"codes of type {stored.dtype} instead of int8")
-            codes = (stored.to(torch.int16) + half).to(torch.uint8)
-            rows, columns = codes.shape
-        scale = scale.reshape(-1, 1).expand(rows, 1).contiguous() if scale.numel() == 1 else scale
-        if zero is not None and zero.dtype == torch.int32:
-            zero = _unpack(zero.T, bits, scale.shape[1], rows).T.contiguous()
-        elif zero is not None:
-            zero = (zero.to(torch.int16) + half).to(torch.uint8).reshape(-1, 1 if zero.numel() == 1 else scale.shape[1])
-            zero = zero.expand_as(scale).contiguous()
-        order = self._files.tensor(order_key) if order_key in self._files else None
-        return grouped(codes, scale, zero, bits, scheme.activation_bits, order)
-
-
-def _unpack(words: Tensor, bits: int, rows: int, columns: int) -> Tensor:
-    """Unpack `words`, (rows, words), to (rows, columns).
-
-    Older releases of compressed-tensors let no value straddle two words: 32 // bits to a word. The width tells.
-    """
-    width = tuple(words.shape)
-    if width == (rows, packed_words(columns, bits)):
-        return unpack(words, bits, columns)
-    per_word = 32 // bits
-    if width == (rows, -(-columns // per_word)):
-        shifts = torch.arange(per_word, device=words.device) * bits
-        values = (words.to(torch.int64)[..., None] >> shifts) & ((1 << bits) - 1)
-        return values.view(rows, -1)[:, :columns].to(torch.uint8)
-    raise ValueError(f"packed shape {width} does not hold {rows} x {columns} codes of {bits} bits")

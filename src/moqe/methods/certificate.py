@@ -61,9 +61,11 @@ class LayerRecord:
 class Certificate:
     """All layers of one expert, and the totals over its quantized linears.
 
+    Errors are the method's, before any distillation.
     parameters: weights of all linears in the decoder's blocks. bits_per_weight: their mean as stored.
     substituted_share: the share of parameters in layers where something else was done than asked.
-    error, baseline_error: mean over layers that have one; None when none has.
+    error, baseline_error: mean over layers that have one; None when none has. codes_of: whose integer codes it has;
+    empty for its own. distilled: how its scales were trained, None where they were not.
     """
 
     expert: str
@@ -75,6 +77,8 @@ class Certificate:
     error: float | None
     baseline_error: float | None
     layers: tuple[LayerRecord, ...]
+    codes_of: str = ""
+    distilled: Mapping[str, Any] | None = None
 
     @property
     def substitutions(self) -> tuple[LayerRecord, ...]:

@@ -164,6 +164,11 @@ class Decoder:
         logits: Tensor = self._walk(inputs_embeds=hidden, last=hidden)[1].logits
         return logits
 
+    def normalised(self, hidden: Tensor) -> Tensor:
+        """What the head sees: the last block's output, (batch, tokens, hidden), after the final norm."""
+        states: Tensor = self._walk(inputs_embeds=hidden, last=hidden, head=False)[1][0]
+        return states
+
     def full(self) -> nn.Module:
         """The whole model in float32 on the device, loaded by transformers: for the reference runtime."""
         from transformers import AutoModelForCausalLM
@@ -176,15 +181,15 @@ class Decoder:
         """The model, for methods that nn.Module does not declare."""
         return self.model
 
-    def _walk(self, last: Tensor | None = None, **inputs: Tensor) -> tuple[list[Recorder], Any]:
-        """Run the model with recorders for blocks. With `last`, the whole of it and the last recorder answers that."""
+    def _walk(self, last: Tensor | None = None, head: bool = True, **inputs: Tensor) -> tuple[list[Recorder], Any]:
+        """Run the model with recorders for blocks. With `last`, the last recorder answers that, and the head runs."""
         self._load_surroundings()
         if last is not None and self._as_tuple is None:
             self._walk(inputs_embeds=last)
         for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
             answers: list[Callable[[Tensor], Any]] = [partial(_answer, as_tuple, None)] * (self.number_of_blocks - 1)
             answers.append(partial(_answer, as_tuple, last))
-            runner = self._model.get_decoder() if last is None else self.model
+            runner = self.model if last is not None and head else self._model.get_decoder()
             with recorders(self._blocks, answers) as swapped, torch.no_grad():
                 try:
                     output = runner(**inputs, use_cache=False)

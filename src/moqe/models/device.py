@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moqe.errors import ModelError
+from moqe.models.processor import cpu_flags
 
 
 def check_device(name: str) -> torch.device:
@@ -16,3 +17,18 @@ def check_device(name: str) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"device {name!r} cannot be used here ({reason}): `moqe doctor` lists what there is") from None
     return device
+
+
+def product_dtype(device: str, precision: str) -> torch.dtype:
+    """The type to train in: what `precision` names, and for `auto` bfloat16 where products in it are native.
+
+    That is a CPU with AMX or AVX512-BF16, or a GPU that has it; elsewhere bfloat16 is emulated and float32 is faster.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    kind = torch.device(device).type
+    if kind == "cpu":
+        native = not cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
+    else:
+        native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32

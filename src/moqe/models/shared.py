@@ -6,7 +6,9 @@ the meta device; a runtime fills them with an expert's parameters.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,12 @@ def open_shared(folder: Path, tensors: Path, device: str = "cpu") -> SharedParts
     return SharedParts(
         model, tokenizer, model.get_input_embeddings().weight.detach(), _stop_tokens(model, tokenizer, generation)
     )
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of a model's modules that holds the very same parameters and buffers, in evaluation mode."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, memo).eval()
 
 
 def _stop_tokens(model: Any, tokenizer: Any, generation: Any) -> tuple[int, ...]:

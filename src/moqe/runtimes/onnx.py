@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moqe.errors import CheckpointError, DataError, MissingExtra, NumericalError
 from moqe.formats.onnx_graph import require_onnx
-from moqe.runtimes.processor import has_vnni
+from moqe.models.processor import has_vnni
 
 INTEGER_PRODUCTS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from moqe.data.samples import TextSamples
 from moqe.errors import CheckpointError
-from moqe.folder import MixtureFolder
+from moqe.folder import CERTIFICATE, MixtureFolder
 from moqe.formats import CompressedTensorsWriter, GgufWriter, open_expert, same_tokenizer, write_shared
 from moqe.formats.expert_files import ExpertWriter
 from moqe.formats.gguf_split import gguf_paths
@@ -29,6 +30,7 @@ from moqe.methods.block import quantize_block
 from moqe.methods.certificate import LayerRecord, certify
 from moqe.models.activations import quantize_inputs
 from moqe.models.calibration import CalibratedBlock, calibrate
+from moqe.models.clusters import text_clusters
 from moqe.models.decoder import Decoder
 from moqe.models.skeleton import assign
 from moqe.models.weights import resolve_base
@@ -36,6 +38,7 @@ from moqe.progress import Progress
 from moqe.recipe import Expert, Recipe
 from moqe.schemes import Scheme, scheme
 from moqe.store import digest_files, link, read_json, write_json
+from moqe.tasks.distiller import Distiller
 
 log = logging.getLogger("moqe")
 
@@ -61,11 +64,35 @@ class ExpertMaker:
         for expert in unfinished:
             if expert.checkpoint:
                 self._adopt(expert, progress)
-        together = [expert for expert in unfinished if expert.method and not expert.sequential]
+        samples = self._labelled(samples)
+        pending = [e for e in self.recipe.experts if not e.codes_of and e.method and self._is_pending(e)]
+        together = [expert for expert in pending if not expert.sequential]
         passes = [together] if together else []
-        passes += [[expert] for expert in unfinished if expert.method and expert.sequential]
+        passes += [[expert] for expert in pending if expert.sequential]
         for experts in passes:
             self._one_pass(experts, samples, progress)
+        if any(expert.distill is not None for expert in unfinished):
+            Distiller(self.recipe, self.schemes, self.decoder, self.folder, samples).run(progress)
+
+    def _is_pending(self, expert: Expert) -> bool:
+        """Whether an expert's codes are still to be made: they are not there, and somebody unfinished needs them."""
+        if (self._place(expert) / CERTIFICATE).exists():
+            return False
+        family = [other for other in self.recipe.experts if expert.name in (other.name, other.codes_of)]
+        return any(not self.folder.certificate(other.name).exists() for other in family)
+
+    def _labelled(self, samples: TextSamples) -> TextSamples:
+        """The windows with what statistics and distillation tell them apart by: their domains, or clusters."""
+        specialists = self.recipe.specialists
+        if specialists is None or specialists.by == "domain":
+            return samples
+        names = specialists.labels(self.recipe.data.calibration)
+        clusters = text_clusters(samples.tokens, self.decoder.embedding(), len(names), self.recipe.seed)
+        return replace(samples, domain=tuple(names[cluster] for cluster in clusters))
+
+    def _place(self, expert: Expert) -> Path:
+        """Where an expert's method leaves its files: in the expert's folder unless they are distilled afterwards."""
+        return self.folder.expert(expert.name) if expert.distill is None else self.folder.quantized(expert.name)
 
     def _one_pass(self, experts: Sequence[Expert], samples: TextSamples, progress: Progress) -> None:
         """Calibrate once, make all of `experts`."""
@@ -89,7 +116,7 @@ class ExpertMaker:
                     for layer in read_json(self._record(expert, k))["layers"]
                 ]
                 certificate = certify(expert, records, METHODS[expert.method].calibrated)
-                write_json(self.folder.certificate(expert.name), certificate.to_json())
+                write_json(self._place(expert) / CERTIFICATE, certificate.to_json())
                 advance(1)
 
     def _make(self, expert: Expert, writer: ExpertWriter, block: CalibratedBlock) -> None:
@@ -115,11 +142,12 @@ class ExpertMaker:
         writer.write(block.index, tensors)
 
     def _writer(self, expert: Expert) -> ExpertWriter:
-        folder, base, shared = self.folder.expert(expert.name), self.decoder.folder, self.folder.shared
+        folder, base, shared = self._place(expert), self.decoder.folder, self.folder.shared
         scheme, blocks = self.schemes[expert.name], self.decoder.number_of_blocks
         if scheme.is_block:
             return GgufWriter(folder, base, shared, scheme, blocks, self.folder.work / "blocks" / expert.name)
-        return CompressedTensorsWriter(folder, base, shared, scheme, blocks)
+        split = expert.distill is not None or any(other.codes_of == expert.name for other in self.recipe.experts)
+        return CompressedTensorsWriter(folder, base, shared, scheme, blocks, split=split)
 
     def _done(self, expert: Expert, writer: ExpertWriter, block: int) -> bool:
         return writer.has(block) and self._record(expert, block).exists()

@@ -26,7 +26,7 @@ from moqe.models.image_features import backbone_features, stem_features
 from moqe.models.image_shared import DESCRIPTION, ImageShared, write_image_shared
 from moqe.progress import Progress
 from moqe.recipe import Recipe
-from moqe.router import GuardedRouter, Router, VectorFeatures
+from moqe.router import Router, VectorFeatures, innermost
 from moqe.router.network_router import NetworkRouter
 from moqe.router.onnx_network import NETWORK, write_network
 from moqe.runtimes.images import IMAGE_RUNTIMES, ImageRuntime, ReferenceImageRuntime
@@ -175,7 +175,7 @@ class ImageTask:
 
     def deploy(self, router: Router, folder: Path) -> None:
         """The router's network, if it has one, as an ONNX file."""
-        inner = router.router if isinstance(router, GuardedRouter) else router
+        inner = innermost(router)
         if isinstance(inner, NetworkRouter):
             write_network(folder / NETWORK, inner.network, self.features("router_validation", WHOLE).dimension)
 

@@ -103,10 +103,13 @@ class LanguageTask:
     def _read_splits(self, progress: Progress) -> dict[str, TextSamples]:
         splits = make_splits(self.recipe.data, self.decoder.tokenizer, self.recipe.seed, progress)
         domains = set(splits.calibration.domain)
+        if self.recipe.specialists is not None:
+            domains |= set(self.recipe.specialists.labels(self.recipe.data.calibration))
         for expert in self.recipe.experts:
-            for domain in sorted(set(expert.calibration) - domains):
+            distilled = set(expert.distill.weights) if expert.distill is not None else set()
+            for domain in sorted((set(expert.calibration) | distilled) - domains):
                 hint = did_you_mean(domain, domains)
-                raise RecipeError(f"expert {expert.name!r}: calibration weighs unknown domain {domain!r}; {hint}")
+                raise RecipeError(f"expert {expert.name!r} weighs the unknown domain {domain!r}; {hint}")
         return {
             "calibration": splits.calibration,
             "router_train": splits.router_train,

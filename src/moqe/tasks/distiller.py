@@ -1,0 +1,280 @@
+"""From quantized experts to distilled ones: families that share codes, trained one after the other, in rounds.
+
+A family is an expert with codes of its own and those that take them over (`codes_of`). All of a family are trained on
+one student, whose codes are in memory once. A specialist branches from the owner's training (`branch_after`), so that
+every member has had the same number of steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moqe.data.samples import TextSamples
+from moqe.folder import CERTIFICATE, MixtureFolder
+from moqe.formats import CompressedTensorsWriter, GgufWriter, open_expert
+from moqe.formats.compressed_tensors import SHARED_TENSORS
+from moqe.formats.expert_files import ExpertWriter
+from moqe.method_options import Distill
+from moqe.methods.certificate import significant
+from moqe.methods.distill import Distilled, Student, Targets, TrainingSet, distill, snapshot_path
+from moqe.models.decoder import Decoder
+from moqe.models.device import product_dtype
+from moqe.models.shared import open_shared
+from moqe.progress import Progress
+from moqe.recipe import Expert, Recipe
+from moqe.schemes import Scheme
+from moqe.store import read_json, write_json
+
+log = logging.getLogger("moqe")
+
+OWN_WEIGHTS = (4.0, 8.0, 16.0)  # what is tried where a recipe leaves own_weight open
+_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Family:
+    """Experts to distill that have the codes of `owner`, which comes first if it is distilled itself."""
+
+    owner: Expert
+    members: tuple[Expert, ...]
+
+
+def families(experts: Sequence[Expert]) -> list[Family]:
+    """The experts that are to be distilled, by whose codes they have."""
+    by_name = {expert.name: expert for expert in experts}
+    members: dict[str, list[Expert]] = {}
+    for expert in experts:
+        if expert.distill is not None:
+            members.setdefault(expert.codes_of or expert.name, []).append(expert)
+    return [
+        Family(by_name[owner], tuple(sorted(found, key=lambda expert: bool(expert.codes_of))))
+        for owner, found in members.items()
+    ]
+
+
+class Distiller:
+    """Distils the experts of a recipe in a mixture's folder, from what their methods left there."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        schemes: Mapping[str, Scheme],
+        decoder: Decoder,
+        folder: MixtureFolder,
+        samples: TextSamples,
+    ) -> None:
+        self.recipe, self.schemes, self.decoder, self.folder = recipe, schemes, decoder, folder
+        self.samples = samples
+
+    def run(self, progress: Progress) -> None:
+        """Distil every expert that has no certificate yet."""
+        for family in families(self.recipe.experts):
+            unfinished = [e for e in family.members if not self.folder.certificate(e.name).exists()]
+            if unfinished:
+                self._distil(family, unfinished, progress)
+        shutil.rmtree(self.folder.work / "quantized", ignore_errors=True)
+
+    def _distil(self, family: Family, unfinished: Sequence[Expert], progress: Progress) -> None:
+        source = self._source(family.owner)
+        files = open_expert(source)
+        norms = any(member.distill is not None and member.distill.norms for member in family.members)
+        student = Student(self._skeleton, files, norms=norms)
+        labels, rounds = list(self.samples.domain), []
+        found = {member.name: self._train(student, family, member, labels, 0, progress) for member in family.members}
+        specialists = [member for member in family.members if member.codes_of]
+        wanted = self.recipe.specialists.rounds if self.recipe.specialists is not None and specialists else 0
+        score = self._half_split(student, found, progress) if wanted else 0.0
+        for number in range(1, wanted + 1):
+            labels = self._assign(student, found, specialists, progress)
+            again = found | {
+                member.name: self._train(student, family, _owning(member), labels, number, progress)
+                for member in specialists
+            }
+            now = self._half_split(student, again, progress)
+            rounds.append({"round": number, "before": significant(score), "after": significant(now)})
+            if now >= score:
+                break
+            found, score = again, now
+        for member in unfinished:
+            student.load_state(found[member.name].state)
+            self._write(member, family.owner, source, student, found[member.name], rounds)
+
+    def _train(
+        self, student: Student, family: Family, expert: Expert, labels: Sequence[str], number: int, progress: Progress
+    ) -> Distilled:
+        """Train one expert; where its own weight is open, with each of OWN_WEIGHTS, keeping the best for its domain."""
+        assert expert.distill is not None
+        data = self._data(expert.distill, labels, progress)
+        open_labels = [label for label, weight in expert.distill.weights.items() if weight is None]
+        branches = {
+            member.distill.branch_after for member in family.members if member.distill is not None and member.codes_of
+        } - {0}
+        best: Distilled | None = None
+        for own in OWN_WEIGHTS if open_labels else (1.0,):
+            weights: dict[str, float | None] = {
+                label: own if weight is None else weight for label, weight in expert.distill.weights.items()
+            }
+            options = expert.distill.model_copy(update={"weights": weights})
+            folder = self.folder.training(expert.name) / f"round-{number}" / f"own-{own:g}"
+            start = None
+            if expert.codes_of and options.branch_after:
+                start = snapshot_path(
+                    self.folder.training(family.owner.name) / "round-0" / "own-1", options.branch_after
+                )
+            result = distill(
+                student,
+                data,
+                options,
+                self.recipe.seed,
+                folder,
+                start=start,
+                snapshots=frozenset() if expert.codes_of else frozenset(branches),
+                progress=progress,
+                name=expert.name,
+            )
+            if best is None or self._own(student, data, result, open_labels) < self._own(
+                student, data, best, open_labels
+            ):
+                best = result
+        assert best is not None
+        return best
+
+    def _own(self, student: Student, data: TrainingSet, result: Distilled, labels: Sequence[str]) -> float:
+        """A state's divergence on the validation windows of `labels`."""
+        rows = torch.tensor([row for row in data.validation.tolist() if data.label[row] in labels], dtype=torch.int64)
+        if not len(rows):
+            return 0.0  # nothing tells the candidates apart, so the first one stays
+        student.load_state(result.state)
+        return float(self._divergence(student, data.targets, rows).mean())
+
+    def _assign(
+        self,
+        student: Student,
+        found: Mapping[str, Distilled],
+        specialists: Sequence[Expert],
+        progress: Progress,
+    ) -> list[str]:
+        """For every calibration window the name of the specialist that follows the base most closely on it."""
+        rows = torch.arange(len(self.samples))
+        with progress.track("distill: assign windows", len(specialists)) as advance:
+            columns = []
+            for member in specialists:
+                student.load_state(found[member.name].state)
+                columns.append(self._divergence(student, self._targets, rows))
+                advance(1)
+        choice = torch.stack(columns, dim=1).argmin(1)
+        return [specialists[int(index)].name for index in choice]
+
+    def _half_split(self, student: Student, found: Mapping[str, Distilled], progress: Progress) -> float:
+        """The family's divergence on validation windows: who answers is chosen on the first half, scored on the second.
+
+        So a family whose members differ by chance only does not look better than one expert.
+        """
+        options = next(expert.distill for expert in self.recipe.experts if expert.distill is not None)
+        rows = self._data(options, self.samples.domain, progress).validation
+        halves = []
+        for result in found.values():
+            student.load_state(result.state)
+            parts = [self._targets.halves(student, self.samples.tokens, part) for part in torch.split(rows, _ROWS)]
+            halves.append(torch.cat(parts))  # (rows, 2)
+        table = torch.stack(halves, dim=1)  # (rows, experts, 2)
+        chosen = table[:, :, 0].argmin(1)
+        return float(table[torch.arange(len(rows)), chosen, 1].mean())
+
+    def _divergence(self, student: Student, targets: Targets, rows: Tensor) -> Tensor:
+        return torch.cat([targets.divergence(student, self.samples.tokens, part) for part in torch.split(rows, _ROWS)])
+
+    def _data(self, options: Distill, labels: Sequence[str], progress: Progress) -> TrainingSet:
+        train, validation = validation_rows(self.samples, options, self.recipe.seed)
+        self._prepare(progress, options)
+        return TrainingSet(self.samples.tokens, labels, self._targets, train, validation)
+
+    def _prepare(self, progress: Progress, options: Distill) -> None:
+        if "_targets" not in self.__dict__:
+            dtype = product_dtype(str(self.decoder.device), options.precision)
+            self._targets = Targets.of(self.decoder, self.samples.tokens, dtype, progress)
+
+    @cached_property
+    def _skeleton(self) -> torch.nn.Module:
+        shared = self.folder.shared
+        return open_shared(shared, shared / SHARED_TENSORS, str(self.decoder.device)).model
+
+    def _source(self, owner: Expert) -> Path:
+        """Where the codes are: as the method left them."""
+        return self.folder.expert(owner.name) if owner.distill is None else self.folder.quantized(owner.name)
+
+    def _write(
+        self,
+        expert: Expert,
+        owner: Expert,
+        source: Path,
+        student: Student,
+        result: Distilled,
+        rounds: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write an expert's folder in the state the student has now, its certificate last."""
+        writer = self._writer(expert, owner, source)
+        tensors = student.tensors()
+        for index, name in enumerate(self.decoder.block_names):
+            if not writer.has(index):
+                writer.write(index, {key: value for key, value in tensors.items() if key.startswith(f"{name}.")})
+        writer.finish()
+        certificate = read_json(source / CERTIFICATE)
+        assert expert.distill is not None
+        distilled = {
+            "steps": expert.distill.steps,
+            "kept_step": result.step,
+            "divergence": {str(step): significant(value) for step, value in result.divergence.items()},
+            "weights": dict(expert.distill.weights),
+            "rounds": list(rounds),
+        }
+        write_json(
+            self.folder.certificate(expert.name),
+            certificate | {"expert": expert.name, "codes_of": expert.codes_of, "distilled": distilled},
+        )
+
+    def _writer(self, expert: Expert, owner: Expert, source: Path) -> ExpertWriter:
+        folder, base, shared = self.folder.expert(expert.name), self.decoder.folder, self.folder.shared
+        scheme, blocks = self.schemes[expert.name], self.decoder.number_of_blocks
+        if scheme.is_block:
+            return GgufWriter(folder, base, shared, scheme, blocks, self.folder.work / "blocks" / expert.name)
+        return CompressedTensorsWriter(folder, base, shared, scheme, blocks, codes_of=source)
+
+
+def _owning(member: Expert) -> Expert:
+    """A specialist after windows were assigned to experts: its own windows are labelled with its name."""
+    assert member.distill is not None
+    weights = [weight for weight in member.distill.weights.values() if weight != 1.0]
+    own = {member.name: weights[0] if weights else 1.0}
+    return member.model_copy(update={"distill": member.distill.model_copy(update={"weights": own})})
+
+
+def validation_rows(samples: TextSamples, options: Distill, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to validate on, of disjoint documents; every domain gives its share of documents."""
+    random = np.random.default_rng([seed, 1])
+    documents: dict[str, dict[str, None]] = {}
+    for document, domain in zip(samples.document, samples.domain, strict=True):
+        documents.setdefault(domain, {})[document] = None
+    kept: set[str] = set()
+    for domain in sorted(documents):
+        names = list(documents[domain])
+        wanted = min(max(1, round(options.validation_share * len(names))), len(names) - 1)
+        kept |= {names[index] for index in random.permutation(len(names))[:wanted]}
+    inside = np.array([document in kept for document in samples.document])
+    validation = np.flatnonzero(inside)
+    if len(validation) > options.validation_windows:
+        # Evenly over the domains: take each domain's first window, then each one's second, ...
+        domains = np.array(samples.domain)[validation]
+        turn = np.array([int((domains[:index] == domain).sum()) for index, domain in enumerate(domains)])
+        validation = np.sort(validation[np.argsort(turn, kind="stable")[: options.validation_windows]])
+    return torch.from_numpy(np.flatnonzero(~inside)), torch.from_numpy(validation)

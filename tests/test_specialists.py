@@ -1,0 +1,192 @@
+"""Specialists from a recipe: what it expands to, what a build leaves on disk, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import moqe
+from moqe.data.samples import TextSamples
+from moqe.errors import DataError, RecipeError
+from moqe.formats import open_expert
+from moqe.method_options import Distill
+from moqe.models.clusters import text_clusters
+from moqe.quantized import IntegerTensor
+from moqe.recipe import dump_recipe, parse_recipe
+from moqe.tasks.distiller import validation_rows
+
+SHORT = {"steps": 6, "learning_rate": 0.005, "evaluate_every": 2}
+MEMBERS = ("generalist", "for-code", "for-prose", "for-numbers")
+
+
+def with_specialists(content: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The tiny recipe with specialists beside one expert of another method."""
+    experts = [{"name": "rtn", "method": "rtn", "scheme": "w4a16", "group_size": 64}]
+    return content | {"experts": experts, "specialists": {"distill": SHORT} | options}
+
+
+@pytest.fixture(scope="module")
+def special(loud_base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture with a generalist and three specialists."""
+    from tests.conftest import recipe_for
+
+    folder = tmp_path_factory.mktemp("special") / "m"
+    moqe.build(moqe.parse_recipe(with_specialists(recipe_for(loud_base, texts))), folder)
+    return folder
+
+
+def test_a_recipe_with_specialists_says_who_they_are(recipe_content: dict[str, Any]) -> None:
+    recipe = parse_recipe(with_specialists(recipe_content, own_weight=5))
+    assert [expert.name for expert in recipe.experts] == ["rtn", *MEMBERS]
+    generalist, code = recipe.experts[1:3]
+    assert (generalist.codes_of, generalist.distill.weights) == ("", {})  # type: ignore[union-attr]
+    assert (code.codes_of, code.distill.weights) == ("generalist", {"code": 5.0})  # type: ignore[union-attr]
+    assert (code.method, code.scheme, code.group_size) == ("gptq", "w4a16", 64)
+    assert recipe.generalist == "generalist"
+    again = parse_recipe(yaml.safe_load(dump_recipe(recipe)))
+    assert again == recipe
+    assert again.hash == recipe.hash
+    assert "for-code" not in dump_recipe(recipe)
+
+
+def test_specialists_that_share_nothing_have_statistics_of_their_own(recipe_content: dict[str, Any]) -> None:
+    recipe = parse_recipe(with_specialists(recipe_content, share="none", own_weight=4))
+    assert all(not expert.codes_of for expert in recipe.experts)
+    assert recipe.experts[2].calibration == {"code": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"by": "cluster"}, "specialists.count is missing"),
+        ({"count": 7}, "calibration has 3 domains"),
+        ({"own_weight": 1.0}, "greater than 1"),
+        ({"distill": {"steps": 4, "branch_after": 4}}, "must be below steps"),
+        ({"scheme": "w5a16"}, "unknown scheme"),
+    ],
+)
+def test_what_cannot_be_specialised_is_one_clear_line(
+    recipe_content: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        moqe.plan(parse_recipe(with_specialists(recipe_content, **change)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("expert", "message"),
+    [
+        ({"codes_of": "nobody", "distill": {}}, "codes_of: known: rtn, second"),
+        ({"codes_of": "rtn"}, "no distill: it would be equal"),
+        ({"codes_of": "rtn", "scheme": "w4a16", "distill": {}}, "remove scheme"),
+        ({"method": "rtn", "scheme": "w4a16", "distill": {"branch_after": 2}}, "branch_after needs codes_of"),
+        ({"codes_of": "second", "distill": {}}, "has no codes of its own"),
+    ],
+)
+def test_codes_of_another_expert_are_checked(
+    recipe_content: dict[str, Any], expert: dict[str, Any], message: str
+) -> None:
+    second = {"name": "second", "codes_of": "rtn", "distill": {}}
+    listed = [{"name": "rtn", "method": "rtn", "scheme": "w4a16"}, second, {"name": "third"} | expert]
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(recipe_content | {"experts": listed})
+
+
+def test_codes_are_on_disk_once_and_scales_differ(special: Path) -> None:
+    experts = [special / "experts" / name for name in MEMBERS]
+    for number in (2, 3):  # a specialist whose validation never improved keeps the untrained scales
+        codes = {(folder / f"codes-{number:05d}-of-00003.safetensors").stat().st_ino for folder in experts}
+        scales = {(folder / f"scales-{number:05d}-of-00003.safetensors").read_bytes() for folder in experts}
+        assert len(codes) == 1
+        assert len(scales) >= 3
+    name = "model.layers.1.mlp.down_proj.weight"
+    loaded = [open_expert(folder).load(name) for folder in experts]
+    for tensor in loaded:
+        assert isinstance(tensor, IntegerTensor)
+        assert torch.equal(tensor.codes, loaded[0].codes)  # type: ignore[union-attr]
+    assert not (special / ".work").exists()
+
+
+def test_one_more_specialist_costs_its_scales(special: Path) -> None:
+    codes, *_ = (special / "experts" / "generalist").glob("codes-00002*")
+    scales, *_ = (special / "experts" / "for-code").glob("scales-00002*")
+    assert scales.stat().st_size < 0.12 * codes.stat().st_size  # 16 bits a group of 64 against 4 bits a weight: 6 %
+    verdict = json.loads((special / "verdict.json").read_text())
+    alone = {name: found["bytes_on_disk"] for name, found in verdict["experts"].items()}
+    assert verdict["mixture_bytes"] < 0.7 * sum(alone.values())
+
+
+@pytest.mark.filterwarnings("ignore")  # those of transformers and compressed-tensors
+def test_a_specialist_s_folder_loads_in_transformers(special: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(1, 25)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(
+        special / "experts" / "for-code",
+        dtype=torch.float32,
+    )
+    mixture = moqe.load(special)
+    ours = mixture.runtime("for-code").logits(tokens)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours, rtol=1e-3, atol=1e-3)
+
+
+def test_certificates_say_how_scales_were_trained(special: Path) -> None:
+    certificate = json.loads((special / "experts" / "for-prose" / "certificate.json").read_text())
+    assert certificate["expert"] == "for-prose"
+    assert certificate["codes_of"] == "generalist"
+    trained = certificate["distilled"]
+    assert trained["weights"] == {"prose": 8.0}
+    assert trained["steps"] == 6
+    assert set(trained["divergence"]) == {"0", "2", "4", "6"}
+    plain = json.loads((special / "experts" / "rtn" / "certificate.json").read_text())
+    assert plain["distilled"] is None
+
+
+def test_building_again_gives_the_same_bytes(special: Path, loud_base: Path, texts: Path, tmp_path: Path) -> None:
+    from tests.conftest import recipe_for
+    from tests.test_pipeline import tree
+
+    moqe.build(moqe.parse_recipe(with_specialists(recipe_for(loud_base, texts))), tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(special)
+
+
+def test_clusters_need_no_labels_and_rounds_are_written_down(loud_base: Path, texts: Path, tmp_path: Path) -> None:
+    from tests.conftest import recipe_for
+
+    content = with_specialists(recipe_for(loud_base, texts), by="cluster", count=2, rounds=1, own_weight=None)
+    content["specialists"]["distill"] = SHORT | {"steps": 2}
+    moqe.build(moqe.parse_recipe(content), tmp_path / "m")
+    certificate = json.loads((tmp_path / "m" / "experts" / "for-cluster-1" / "certificate.json").read_text())
+    (step,) = certificate["distilled"]["rounds"]
+    assert step["round"] == 1
+    assert step["before"] >= 0
+
+
+def test_clusters_are_the_domains_where_words_tell_them_apart(tiny_base: Path, recipe_content: dict[str, Any]) -> None:
+    from moqe.models.decoder import Decoder
+    from moqe.tasks.language import LanguageTask
+
+    recipe = parse_recipe(recipe_content | {"experts": [{"name": "rtn", "method": "rtn", "scheme": "w4a16"}]})
+    samples = LanguageTask(recipe, Path("unused")).splits()["router_train"]
+    found = text_clusters(samples.tokens, Decoder.open(recipe.base).embedding(), 3, seed=0)
+    pairs = set(zip(found, samples.domain, strict=True))
+    assert len(pairs) == 3
+    with pytest.raises(DataError, match=r"lower specialists\.count"):
+        text_clusters(torch.zeros(4, 8, dtype=torch.int64), torch.randn(3, 5), 2, seed=0)
+
+
+def test_validation_takes_whole_documents_of_every_domain() -> None:
+    document = tuple(f"d{number // 2}" for number in range(40))
+    domain = tuple("a" if number < 30 else "b" for number in range(40))
+    samples = TextSamples(torch.zeros(40, 4, dtype=torch.int64), document, domain, (1,) * 40)
+    train, validation = validation_rows(samples, Distill(validation_share=0.2, validation_windows=6), seed=0)
+    assert not {document[row] for row in train.tolist()} & {document[row] for row in validation.tolist()}
+    assert {domain[row] for row in validation.tolist()} == {"a", "b"}
+    assert len(validation) == 6
+    assert len(train) == 40 - 2 * (3 + 1)  # three of fifteen documents, one of five, two windows each
