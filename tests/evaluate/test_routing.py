@@ -14,7 +14,7 @@ from moqe.evaluate import judge
 from moqe.evaluate.routing import JUDGING_STEPS, ROUTERS, FittedRouters, RoutingData, answer, fit_routers
 from moqe.progress import Silent
 from moqe.recipe import Router
-from moqe.router import Cascade, VectorFeatures
+from moqe.router import Cascade, VectorFeatures, choose
 from moqe.router.baselines import Constant
 
 Images = Callable[..., Any]
@@ -133,3 +133,31 @@ def test_too_few_images_for_a_cascade_stop_only_who_wants_one(
     )
     with pytest.raises(DataError, match="needs at least 10 samples new to the router, and there are 9"):
         fit(9, "cascade")
+
+
+def test_a_generalist_is_what_everything_falls_back_to(simulated: Callable[..., Any], quiet: Silent) -> None:
+    """Domains show in the features; what is like none of them goes to the generalist, which is not the best expert."""
+
+    def data(seed: int, shift: float = 0.0) -> RoutingData:
+        table = simulated(seed, documents=60)
+        domain = torch.from_numpy(make_number(table.domain))
+        noise = torch.randn(len(domain), 6, generator=torch.Generator().manual_seed(seed))
+        return RoutingData(table, table, VectorFeatures(torch.nn.functional.one_hot(domain, 6) + 0.1 * noise + shift))
+
+    train, validation, strange = data(0), data(1), data(2, shift=3.0).features
+    fitted = fit_routers(train, validation, Router(epochs=1), "image", 0, quiet, fallback=1)
+    assert fitted.selection["generalist"] == "gptq"
+    assert fitted.selection["paper"]["novelty"] is None
+    assert 0.0 <= fitted.selection["tuned"]["novelty"]["novel"] < 0.1
+    for name in ("mixture", "unguarded", "tuned", "linear", "knn"):
+        assert set(choose(fitted.routers[name].predict(strange)).tolist()) == {1}, name
+        assert len(set(choose(fitted.routers[name].predict(validation.features)).tolist())) == 3, name
+    today = fit_routers(train, validation, Router(epochs=1), "image", 0, quiet)
+    assert today.selection["generalist"] is None
+    assert today.selection["tuned"]["novelty"] is None
+    assert len(set(choose(today.routers["linear"].predict(strange)).tolist())) > 1
+
+
+def make_number(names: np.ndarray) -> np.ndarray:
+    """Labels as numbers, in sorted order."""
+    return np.unique(names, return_inverse=True)[1]

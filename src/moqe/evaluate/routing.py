@@ -22,7 +22,9 @@ from moqe.router import (
     Cascade,
     CascadeDecision,
     Features,
+    FittedNovelty,
     FittedRouter,
+    NoveltyRouter,
     Router,
     RoutingExamples,
     choose,
@@ -83,25 +85,30 @@ def fit_routers(
     modality: str,
     seed: int,
     progress: Progress,
+    fallback: int | None = None,
 ) -> FittedRouters:
     """Fit both presets, the baselines and the cascade.
+
+    fallback: the number of the generalist among specialists. Guards fall back to it, and so do `tuned` and the
+    baselines that look at a sample where it is novel. None: guards fall back to the best single expert of validation.
 
     With `policy: route` a cascade is only there to be compared with, and a warning says so where there are too few
     samples for one. Raises DataError when there are too few documents, or too few samples for `policy: cascade`;
     NumericalError when training diverges, RecipeError for a cascade of one expert.
     """
     examples, unseen = train.examples, validation.examples
-    paper = fit_paper(options, examples, unseen, seed, modality, progress)
-    tuned = fit_tuned(options, examples, unseen, seed, modality, progress)
+    paper = fit_paper(options, examples, unseen, seed, modality, progress, fallback)
+    tuned = fit_tuned(options, examples, unseen, seed, modality, progress, fallback)
     deployed = paper if options.preset == "paper" else tuned
     with progress.track("fit baselines", 1) as advance:
         baselines = fit_baselines(examples, unseen, seed)
         advance(1)
     routers = {MIXTURE: deployed.router, UNGUARDED: deployed.unguarded, "paper": paper.unguarded, "tuned": tuned.router}
-    routers |= {name: baselines[name] for name in SHOWN_BASELINES}
+    routers |= {name: _safe(baselines[name], tuned.novelty, fallback) for name in SHOWN_BASELINES}
     selection = {
         "deployed": options.preset,
         "experts": list(train.losses.experts),
+        "generalist": None if fallback is None else train.losses.experts[fallback],
         "paper": paper.to_json(),
         "tuned": tuned.to_json(),
     }
@@ -112,6 +119,13 @@ def fit_routers(
             cascade = _fit_cascade(train.predictions, validation.predictions, deployed, options, seed)
             advance(1)
     return FittedRouters(routers, selection, cascade)
+
+
+def _safe(router: Router, novelty: FittedNovelty | None, fallback: int | None) -> Router:
+    """A baseline that sends novel samples to the fallback; one that looks at no sample stays as it is."""
+    if novelty is None or fallback is None or isinstance(router, Constant):
+        return router
+    return NoveltyRouter(router, fallback, novelty.novelty)
 
 
 def _fit_cascade(

@@ -24,7 +24,7 @@ from moqe.mixture.mixture import Decision, Mixture
 from moqe.models.image_features import backbone_features
 from moqe.models.image_shared import STEM, ImageShared, read_image_shared
 from moqe.progress import Progress
-from moqe.router import Cascade, GuardedRouter, Router, VectorFeatures, load_cascade, load_router
+from moqe.router import Cascade, Router, VectorFeatures, innermost, load_cascade, load_router, with_innermost
 from moqe.router.network_router import NetworkRouter
 from moqe.router.onnx_network import NETWORK, OnnxNetwork
 from moqe.runtimes.images import ReferenceImageRuntime
@@ -122,11 +122,10 @@ class ImageMixture(Mixture):
     def _open_router(self, folder: Path) -> Router:
         """The saved router, its network, if it has one, in ONNX Runtime."""
         router = load_router(folder)
-        inner = router.router if isinstance(router, GuardedRouter) else router
+        inner = innermost(router)
         if not isinstance(inner, NetworkRouter):
             return router
-        inner = replace(inner, network=OnnxNetwork(folder / NETWORK))
-        return replace(router, router=inner) if isinstance(router, GuardedRouter) else inner
+        return with_innermost(router, replace(inner, network=OnnxNetwork(folder / NETWORK)))
 
     def _probabilities(self, expert: str, picture: _Picture) -> Tensor:
         """Of every class, float32 (1, classes)."""

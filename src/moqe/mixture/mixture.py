@@ -12,7 +12,7 @@ from moqe.folder import MixtureFolder
 from moqe.mixture.manifest import read_manifest, verify_files, within
 from moqe.progress import Progress, Silent
 from moqe.recipe import Recipe, load_recipe
-from moqe.router import Features, load_router
+from moqe.router import Features, load_router, novelty_of
 from moqe.router.router import Router
 
 
@@ -90,12 +90,16 @@ class Mixture:
                 f"{self.folder.router(name)} routes among {len(costs)} experts, and the mixture has "
                 f"{len(self.experts)}: copy the mixture again"
             )
+        reason = f"lowest predicted cost of {len(self.experts)} by {router.name}, seeing {seen}"
+        unknown = novelty_of(router)
+        if unknown is not None and bool(unknown.novelty.novel(features)[0]):
+            reason = f"unlike anything that {router.name} was trained on, seeing {seen}"
         return Decision(
             self.experts[int(costs.argmin())],
             {expert: float(cost) for expert, cost in zip(self.experts, costs, strict=True)},
             router.unit,
             name,
-            f"lowest predicted cost of {len(self.experts)} by {router.name}, seeing {seen}",
+            reason,
         )
 
     def _open_router(self, folder: Path) -> Router:

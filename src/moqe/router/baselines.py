@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moqe.router.examples import RoutingExamples
 from moqe.router.features import Features
-from moqe.router.router import Unit
+from moqe.router.router import Unit, prefer
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,13 @@ class Uniform:
         return cls(options["experts"])
 
 
-def fit_constant(examples: RoutingExamples) -> Constant:
-    """The constant router that is best on the given examples."""
+def fit_constant(examples: RoutingExamples, expert: int | None = None) -> Constant:
+    """The constant router that is best on the given examples, or the one that always takes `expert`.
+
+    Where `expert` is not the best, its cost is put one step below the best one's.
+    """
     losses = examples.deciding.double()
-    return Constant((losses - losses.mean(1, keepdim=True)).mean(0).float())
+    costs = (losses - losses.mean(1, keepdim=True)).mean(0).float()
+    if expert is None or int(costs.argmin()) == expert:
+        return Constant(costs)
+    return Constant(prefer(costs[None], expert, torch.ones(1, dtype=torch.bool))[0])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moqe.router.guard import GuardDecision
+from moqe.router.novelty import Novelty
 from moqe.router.router import Router
 from moqe.router.selection import Candidate
 from moqe.router.training import Epoch
@@ -28,12 +29,25 @@ class UnseenChoices:
 
 
 @dataclass(frozen=True)
+class FittedNovelty:
+    """What tells novel samples, the quantile it was fitted with, and what it told of training and validation samples.
+
+    novel: bool, (n,), over the training samples followed by those of validation, each told by documents of other folds.
+    """
+
+    novelty: Novelty
+    quantile: float
+    novel: Tensor
+
+
+@dataclass(frozen=True)
 class FittedRouter:
     """A router to deploy and how it came about.
 
     router: with the guard, if the recipe wants one. unguarded: the same without. candidates: what was compared, on
     unseen samples; for `paper` its one line on validation. history: the epochs of the paper's network. guard: None
     without one, or where there was nothing to guard. unseen: what `router` does on samples new to it; not saved.
+    novelty: None where no sample counts as novel.
     """
 
     router: Router
@@ -43,9 +57,10 @@ class FittedRouter:
     history: tuple[Epoch, ...]
     guard: GuardDecision | None
     unseen: UnseenChoices
+    novelty: FittedNovelty | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """How it came about, for files and reports: `chosen`, `unit`, `candidates`, `history` and `guard`.
+        """How it came about, for files and reports: `chosen`, `unit`, `candidates`, `history`, `guard` and `novelty`.
 
         Losses and gains are in what judges (see `RoutingExamples`). An infinite standard error, of one document, is
         null.
@@ -66,6 +81,14 @@ class FittedRouter:
                 "margin": self.guard.margin,
                 "switched": self.guard.switched,
                 "gain": _gain(self.guard.gain),
+            },
+            "novelty": None
+            if self.novelty is None
+            else {
+                "quantile": self.novelty.quantile,
+                "threshold": self.novelty.novelty.threshold,
+                "neighbours": self.novelty.novelty.neighbours,
+                "novel": float(self.novelty.novel.double().mean()),
             },
         }
 

@@ -14,7 +14,8 @@ On pure noise this keeps about one router in a hundred (simulated: 4 experts, 10
 
 A predicted gain is a difference of costs in the router's own unit: the margin is in nats for routers that predict nats
 and in logits otherwise. The fallback is the expert with the lowest mean loss on validation, so a report that chooses
-its best single expert there too finds a difference of exactly zero when the guard falls back.
+its best single expert there too finds a difference of exactly zero when the guard falls back. Among specialists it is
+the generalist, whatever its loss on validation: the one expert that no kind of input was left out of.
 Cost: none at prediction.
 """
 
@@ -115,15 +116,19 @@ def guarded_choice(costs: Tensor, decision: GuardDecision) -> Tensor:
 
 
 def apply_guard(router: Router, decision: GuardDecision, validation: RoutingExamples) -> GuardedRouter | Constant:
-    """The router that a decision leaves: guarded by the margin, or constant on validation's best single expert."""
+    """The router that a decision leaves: guarded by the margin, or constant on the fallback."""
     if decision.kept:
         return GuardedRouter(router, decision.fallback, decision.margin)
-    return fit_constant(validation)
+    return fit_constant(validation, decision.fallback)
 
 
-def guard(router: Router, validation: RoutingExamples) -> tuple[GuardedRouter | Constant, GuardDecision]:
-    """Decide on `validation`, which the router was not fitted to, and return what is left with the decision."""
-    decision = decide(
-        router.predict(validation.features), validation.deciding, validation.document, validation.best_single
-    )
+def guard(
+    router: Router, validation: RoutingExamples, fallback: int | None = None
+) -> tuple[GuardedRouter | Constant, GuardDecision]:
+    """Decide on `validation`, which the router was not fitted to, and return what is left with the decision.
+
+    fallback: the expert that a choice must beat; None takes validation's best single expert.
+    """
+    expert = validation.best_single if fallback is None else fallback
+    decision = decide(router.predict(validation.features), validation.deciding, validation.document, expert)
     return apply_guard(router, decision, validation), decision

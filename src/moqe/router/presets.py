@@ -24,14 +24,15 @@ from moqe.progress import Advance, Progress, Silent
 from moqe.recipe import Router as RouterOptions
 from moqe.router.baselines import Random, Uniform, fit_constant
 from moqe.router.examples import RoutingExamples
-from moqe.router.fitted import FittedRouter, UnseenChoices
+from moqe.router.fitted import FittedNovelty, FittedRouter, UnseenChoices
 from moqe.router.guard import apply_guard, decide, guard, guarded_choice
 from moqe.router.image_network import ImageNetwork
 from moqe.router.knn import Knn, fit_knn
 from moqe.router.linear import Linear, fit_linear
 from moqe.router.mlp_network import MlpNetwork
+from moqe.router.novelty import NoveltyRouter, fit_novelty, novel_unseen
 from moqe.router.objectives import OBJECTIVES
-from moqe.router.router import Router, choose
+from moqe.router.router import Router, choose, prefer
 from moqe.router.selection import Candidate, Fit, folds_by_document, judge, predict_unseen
 from moqe.router.text_network import RoutingNetwork, TextNetwork
 from moqe.router.training import Epoch, TrainingOptions, train_network
@@ -131,9 +132,11 @@ def fit_paper(
     seed: int,
     modality: str = "text",
     progress: Progress = SILENT,
+    fallback: int | None = None,
 ) -> FittedRouter:
     """The paper's router; the epoch and the guard's decision come from `validation`.
 
+    fallback: the expert that the guard falls back to; None takes the best single one of validation.
     Raises RecipeError for options that exclude each other, NumericalError when training diverges.
     """
     preset = PAPER[modality]
@@ -143,12 +146,12 @@ def fit_paper(
     with progress.track("train the paper's router", training.epochs) as advance:
         router, history = _fit_network(preset, options, training, train, validation, seed, "paper", advance)
     costs = router.predict(validation.features)
-    seen = judge("paper", costs, validation, validation.best_single)
+    seen = judge("paper", costs, validation, validation.best_single if fallback is None else fallback)
     rows = torch.arange(len(train), len(train) + len(validation))
     if not options.guard:
         unseen = UnseenChoices(rows, choose(costs).cpu())
         return FittedRouter(router, router, "paper", (seen,), history, None, unseen)
-    guarded, decision = guard(router, validation)
+    guarded, decision = guard(router, validation, fallback)
     unseen = UnseenChoices(rows, guarded_choice(costs.cpu(), decision))
     return FittedRouter(guarded, router, "paper", (seen,), history, decision, unseen)
 
@@ -160,40 +163,51 @@ def fit_tuned(
     seed: int,
     modality: str = "text",
     progress: Progress = SILENT,
+    fallback: int | None = None,
 ) -> FittedRouter:
     """The candidate that measures best on documents it has not seen, or the constant router if none beats it.
 
-    The guard decides on the same predictions for unseen documents. Raises as `fit_paper` does, and DataError when there
-    are too few documents to cross-validate.
+    The guard decides on the same predictions for unseen documents. fallback: the expert that a router has to beat, that
+    the guard falls back to and that novel samples get (see `moqe.router.novelty`); None takes the best single one of
+    validation, and then no sample counts as novel. Raises as `fit_paper` does, and DataError when there are too few
+    documents to cross-validate.
     """
     pool = train.join(validation)
-    fallback = validation.best_single
+    expert = validation.best_single if fallback is None else fallback
     fits = _candidates(TUNED[modality], options, pool, seed)
     fold = folds_by_document(pool.document, FOLDS, seed)
+
+    novelty, novel = None, torch.zeros(len(pool), dtype=torch.bool)
+    if fallback is not None and options.novelty is not None:
+        novel = novel_unseen(pool, fold, options.novelty)
+        novelty = FittedNovelty(fit_novelty(train, validation, options.novelty), options.novelty, novel)
 
     judged: list[Candidate] = []
     unseen: dict[str, Tensor] = {}
     with progress.track("compare routers", FOLDS * len(fits)) as advance:
         for name, fit in fits.items():
-            unseen[name] = predict_unseen(fit, pool, fold, advance)
-            judged.append(judge(name, unseen[name], pool, fallback, len(fits)))
+            unseen[name] = prefer(predict_unseen(fit, pool, fold, advance), expert, novel)
+            judged.append(judge(name, unseen[name], pool, expert, len(fits)))
     winners = [candidate for candidate in judged if candidate.wins]
     rows = torch.arange(len(pool))
     if not winners:
-        constant = fit_constant(validation)
-        always = UnseenChoices(rows, torch.full_like(rows, fallback))
-        return FittedRouter(constant, constant, constant.name, tuple(judged), (), None, always)
+        constant = fit_constant(validation, expert)
+        always = UnseenChoices(rows, torch.full_like(rows, expert))
+        return FittedRouter(constant, constant, constant.name, tuple(judged), (), None, always, novelty)
 
     chosen = min(winners, key=lambda candidate: candidate.loss).name
     router = fits[chosen](train, validation)
     if isinstance(router, Linear | Knn):
         router = router.refit(pool)
+    if novelty is not None:
+        router = NoveltyRouter(router, expert, novelty.novelty)
     if not options.guard:
         free = UnseenChoices(rows, choose(unseen[chosen]))
-        return FittedRouter(router, router, chosen, tuple(judged), (), None, free)
-    decision = decide(unseen[chosen], pool.deciding, pool.document, fallback)
+        return FittedRouter(router, router, chosen, tuple(judged), (), None, free, novelty)
+    decision = decide(unseen[chosen], pool.deciding, pool.document, expert)
     held = UnseenChoices(rows, guarded_choice(unseen[chosen], decision))
-    return FittedRouter(apply_guard(router, decision, validation), router, chosen, tuple(judged), (), decision, held)
+    guarded = apply_guard(router, decision, validation)
+    return FittedRouter(guarded, router, chosen, tuple(judged), (), decision, held, novelty)
 
 
 def _candidates(preset: Preset, options: RouterOptions, examples: RoutingExamples, seed: int) -> dict[str, Fit]:

@@ -59,6 +59,15 @@ def choose(costs: Tensor) -> Tensor:
     return costs.argmin(1)
 
 
+def prefer(costs: Tensor, expert: int, rows: Tensor) -> Tensor:
+    """Costs, (n, experts), with `expert` one step below the lowest of each of the given rows, bool (n,)."""
+    lowest = costs.amin(1)
+    lowered = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
+    preferred = costs.clone()
+    preferred[:, expert] = torch.where(rows, lowered, costs[:, expert])
+    return preferred
+
+
 def realised_losses(losses: Tensor, chosen: Tensor) -> Tensor:
     """The loss each sample gets from the expert chosen for it: (n, experts) and int64 (n,) -> (n,)."""
     return losses.gather(1, chosen.to(losses.device)[:, None])[:, 0]

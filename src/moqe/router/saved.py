@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from moqe.errors import CheckpointError, MoqeError, did_you_mean
 from moqe.router.baselines import Constant, Random, Uniform
@@ -18,11 +19,13 @@ from moqe.router.guard import GuardedRouter
 from moqe.router.knn import Knn
 from moqe.router.linear import Linear
 from moqe.router.network_router import NetworkRouter
+from moqe.router.novelty import Novelty, NoveltyRouter
 from moqe.router.router import Router, SavableRouter
 from moqe.store import atomic, digest_bytes, read_json, write_json
 
 FORMAT = 1
 DESCRIPTION, TENSORS = "router.json", "router.safetensors"
+NOVELTY = "novelty."  # begins the names of what tells novel samples, beside the tensors of the router
 
 
 ROUTERS: dict[str, type[SavableRouter]] = {
@@ -37,19 +40,26 @@ ROUTERS: dict[str, type[SavableRouter]] = {
 
 def save_router(router: Router, folder: Path) -> None:
     """Write a router into `folder`. Raises CheckpointError for a router of a class that ROUTERS does not list."""
-    inner = router.router if isinstance(router, GuardedRouter) else router
+    within = router.router if isinstance(router, GuardedRouter) else router
+    inner = within.router if isinstance(within, NoveltyRouter) else within
     if not isinstance(inner, Constant | Random | Uniform | Linear | Knn | NetworkRouter):
         raise CheckpointError(f"a router of class {type(inner).__name__} cannot be saved; known: {', '.join(ROUTERS)}")
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in inner.tensors().items()})
+    tensors = inner.tensors()
+    if isinstance(within, NoveltyRouter):
+        tensors |= {f"{NOVELTY}{name}": tensor for name, tensor in within.novelty.tensors().items()}
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     description: dict[str, Any] = {
         "format": FORMAT,
         "kind": inner.kind,
         "options": inner.options(),
         "guard": None,
+        "novelty": None,
         "tensors": digest_bytes(content),
     }
     if isinstance(router, GuardedRouter):
         description["guard"] = {"fallback": router.fallback, "margin": router.margin}
+    if isinstance(within, NoveltyRouter):
+        description["novelty"] = {"fallback": within.fallback, **within.novelty.options()}
     with atomic(folder / TENSORS) as partial:
         partial.write_bytes(content)
     write_json(folder / DESCRIPTION, description)
@@ -70,10 +80,14 @@ def load_router(folder: Path) -> Router:
             raise CheckpointError(f"{folder / DESCRIPTION} has format {description['format']}, and {FORMAT} is known")
         if digest_bytes(content) != description["tensors"]:
             raise CheckpointError(f"{folder / TENSORS} is damaged or of another router: build the router again")
-        kind, saved_guard = description["kind"], description["guard"]
+        kind, saved_guard, saved_novelty = description["kind"], description["guard"], description.get("novelty")
         if kind not in ROUTERS:
             raise CheckpointError(f"{folder / DESCRIPTION}: unknown router {kind!r}; {did_you_mean(kind, ROUTERS)}")
-        router: Router = ROUTERS[kind].restore(description["options"], load(content))
+        tensors = load(content)
+        router: Router = ROUTERS[kind].restore(description["options"], _outside(tensors))
+        if saved_novelty is not None:
+            novelty = Novelty.restore(saved_novelty, _inside(tensors))
+            router = NoveltyRouter(router, int(saved_novelty["fallback"]), novelty)
         if saved_guard is not None:
             return GuardedRouter(router, int(saved_guard["fallback"]), float(saved_guard["margin"]))
     except MoqeError:
@@ -81,3 +95,11 @@ def load_router(folder: Path) -> Router:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION} does not describe a router: build the router again") from error
     return router
+
+
+def _inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(NOVELTY): tensor for name, tensor in tensors.items() if name.startswith(NOVELTY)}
+
+
+def _outside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(NOVELTY)}

@@ -15,7 +15,7 @@ is the b with P(T > b) = P(T > 1) / k. For five candidates that is 1.9 standard 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,20 +83,27 @@ def folds_by_document(document: Sequence[str], folds: int, seed: int) -> Tensor:
     return torch.tensor([fold_of[name] for name in document])
 
 
+def split_folds(examples: RoutingExamples, fold: Tensor) -> Iterator[tuple[Tensor, RoutingExamples, RoutingExamples]]:
+    """For each fold its rows, int64 (m,), and training and validation examples without its documents.
+
+    The next fold is the validation set, the others are the training set; that takes at least three folds.
+    """
+    count = int(fold.max()) + 1
+    for held_out in range(count):
+        follower = (held_out + 1) % count
+        training = torch.where((fold != held_out) & (fold != follower))[0]
+        validation = torch.where(fold == follower)[0]
+        yield torch.where(fold == held_out)[0], examples.select(training), examples.select(validation)
+
+
 def predict_unseen(fit: Fit, examples: RoutingExamples, fold: Tensor, fold_done: Advance) -> Tensor:
     """Predicted costs of every sample by a router that has not seen its document: (n, experts).
 
-    For each fold a router is fitted with the next fold as its validation and the others as its training set.
-    `fold_done` is told after each. Needs at least three folds.
+    A router is fitted for each fold, see `split_folds`; `fold_done` is told after each.
     """
-    count = int(fold.max()) + 1
     costs = torch.zeros(examples.losses.shape, dtype=torch.float64)
-    for held_out in range(count):
-        follower = (held_out + 1) % count
-        rows = torch.where(fold == held_out)[0]
-        training = torch.where((fold != held_out) & (fold != follower))[0]
-        router = fit(examples.select(training), examples.select(torch.where(fold == follower)[0]))
-        costs[rows] = router.predict(examples.select(rows).features).double().cpu()
+    for rows, train, validation in split_folds(examples, fold):
+        costs[rows] = fit(train, validation).predict(examples.select(rows).features).double().cpu()
         fold_done(1)
     return costs
 
