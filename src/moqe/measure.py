@@ -66,7 +66,8 @@ def train_routers(task: Task, recipe: Recipe, place: MixtureFolder, progress: Pr
             )
             for split in ROUTER_SPLITS
         )
-        fitted = fit_routers(train, validation, recipe.router, task.modality, recipe.seed, progress)
+        generalist = None if recipe.generalist is None else train.losses.experts.index(recipe.generalist)
+        fitted = fit_routers(train, validation, recipe.router, task.modality, recipe.seed, progress, generalist)
         for name, router in fitted.routers.items():
             save_router(router, place.router(protocol) / name)
         task.deploy(fitted.routers[MIXTURE], place.router(protocol) / MIXTURE)

@@ -39,8 +39,14 @@ def place(tmp_path: Path) -> MixtureFolder:
     gain = {"value": 0.01, "standard_error": 0.004, "documents": 9}
     candidates = [{"name": name, "loss": 3.0, "gain": gain} for name in ("linear", "knn")]
     guard = {"kept": True, "fallback": 1, "margin": 0.0, "switched": 0.25, "gain": gain}
-    tuned = {"chosen": "knn", "candidates": candidates, "guard": guard}
-    selection = {"deployed": "tuned", "experts": ["rtn", "theirs"], "tuned": tuned, "paper": {}}
+    tuned = {"chosen": "knn", "candidates": candidates, "guard": guard, "novelty": None}
+    selection = {
+        "deployed": "tuned",
+        "experts": ["rtn", "theirs"],
+        "generalist": None,
+        "tuned": tuned,
+        "paper": {},
+    }
     write_json(place.router("whole") / "selection.json", selection)
     return place
 
@@ -55,6 +61,23 @@ def test_the_context_comes_from_certificates_and_selection(place: MixtureFolder,
     assert "kept the router" in context.guards["whole"]
     assert "25 % of the samples moved away from theirs" in context.guards["whole"]
     assert "somebody/quantized" in context.recipe_yaml
+
+
+def test_a_generalist_is_named_and_what_went_to_it(place: MixtureFolder, recipe: Recipe) -> None:
+    metric = METRICS["nats_per_token"]
+    assert gather(place, recipe, ("whole",), metric).to_beat == "the best single expert"
+    selection = read_json(place.router("whole") / "selection.json")
+    selection["generalist"] = "theirs"
+    selection["tuned"]["novelty"] = {"quantile": 0.99, "threshold": 1.5, "neighbours": 5, "novel": 0.0125}
+    write_json(place.router("whole") / "selection.json", selection)
+    context = gather(place, recipe, ("whole",), metric)
+    assert context.to_beat == "theirs"
+    assert context.guards["whole"].endswith(
+        " Of the router's own samples 1.2 % were unlike those of other documents; such samples go to theirs."
+    )
+    selection["tuned"]["guard"] = None
+    write_json(place.router("whole") / "selection.json", selection)
+    assert gather(place, recipe, ("whole",), metric).guards["whole"].startswith("Of the router's own samples")
 
 
 def test_card_and_report_are_written_and_do_not_depend_on_the_folder(

@@ -12,8 +12,8 @@ from moqe.evaluate.contact import ContactSheet
 class CandidateRow:
     """A router that was considered, judged on samples it had not been trained on.
 
-    value: what its choices score in the metric that the verdict judges. gain: over the best single expert, with its
-    standard error; positive is better.
+    value: what its choices score in the metric that the verdict judges. gain: over the expert that it had to beat, with
+    its standard error; positive is better.
     """
 
     name: str
@@ -37,8 +37,8 @@ class ReportContext:
     """Everything that card and report need beside the verdict.
 
     base: the base model as the recipe names it. recipe_yaml: the recipe's text. candidates: per protocol, the routers
-    that were considered. guards: per protocol, a sentence on what the guard saw and did. contact: images on which
-    experts disagree; None where samples are no images.
+    that were considered. guards: per protocol, what the guard saw and did, in sentences. contact: images on which
+    experts disagree; None where samples are no images. to_beat: the expert that a router had to beat, in words.
     Nothing here depends on where the mixture lies: builds in two folders give equal pages.
     """
 
@@ -48,3 +48,4 @@ class ReportContext:
     guards: Mapping[str, str]
     substitutions: tuple[Substitution, ...]
     contact: ContactSheet | None = None
+    to_beat: str = "the best single expert"

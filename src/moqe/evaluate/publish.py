@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,18 +45,20 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...], met
                     if layer["substituted"]
                 ]
     paths = {name: place.router(name) / "selection.json" for name in protocols}
-    candidates, guards = {}, {}
+    candidates, guards, to_beat = {}, {}, ReportContext.to_beat
     for name, path in paths.items():
         if path.exists():
             with reading(path):
                 selection = read_json(path)
                 candidates[name], guards[name] = _candidates(selection, metric), _guard(selection, metric)
+                to_beat = selection["generalist"] or to_beat
     return ReportContext(
         base=recipe.base,
         recipe_yaml=dump_recipe(recipe),
         candidates=candidates,
         guards=guards,
         substitutions=tuple(substituted),
+        to_beat=to_beat,
     )
 
 
@@ -76,11 +78,21 @@ def _candidates(selection: Mapping[str, Any], metric: Metric) -> tuple[Candidate
 
 
 def _guard(selection: Mapping[str, Any], metric: Metric) -> str:
-    """What the guard of the deployed router saw and did; empty where there is none."""
-    guard = selection[selection["deployed"]]["guard"]
+    """What the deployed router's guard saw and did, and what was novel; empty where there is neither."""
+    fitted = selection[selection["deployed"]]
+    novelty, sentences = fitted["novelty"], [_guarded(fitted["guard"], selection["experts"], metric)]
+    if novelty is not None:
+        sentences.append(
+            f"Of the router's own samples {write.percent(novelty['novel'], 1)} were unlike those of other documents; "
+            f"such samples go to {selection['generalist']}."
+        )
+    return " ".join(filter(None, sentences))
+
+
+def _guarded(guard: Mapping[str, Any] | None, experts: Sequence[str], metric: Metric) -> str:
     if guard is None:
         return ""
-    gain, fallback = guard["gain"], selection["experts"][guard["fallback"]]
+    gain, fallback = guard["gain"], experts[guard["fallback"]]
     value, error = write.metric_difference(gain["value"], metric), write.metric_value(gain["standard_error"], metric)
     seen = f"{value} \N{PLUS-MINUS SIGN} {error} {metric.difference_label}"
     if not guard["kept"]:

@@ -22,7 +22,7 @@ left out from test documents of the known ones, on the first 64 tokens and on 25
 Dividing by the neighbours' own distance is what helps: a broad kind among the known ones otherwise sets the threshold
 for all. What to expect: at the quantile 0.99 code is noticed among English prose (86 % of its samples, first 64 tokens,
 SmolLM2-135M) and texts that resemble known ones are not (1 to 7 %: news among web text, C4, mail, dialogue; 0 to 4 % of
-the bundled texts); at 0.9 it is 9 to 36 % of those, for 10 % of the known inputs. What is not noticed is routed.
+the bundled texts); at 0.9 it is 7 to 36 % of those, for 10 % of the known inputs. What is not noticed is routed.
 
 Cost: (m + n) n d multiplications, n d numbers in memory; at prediction one (m x n) product, as for `knn`.
 """
