@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def test_norms_are_trained_only_where_asked(material: Any, tmp_path: Path) -> No
     made = student(norms=True)
     before = {name: value.detach().clone() for name, value in made.norms.items()}
     distill(made, data, Distill(steps=3, norms=True, learning_rate=0.2), 0, tmp_path)
-    assert before and all(not torch.equal(value, made.norms[name]) for name, value in before.items())
+    assert before
+    assert all(not torch.equal(value, made.norms[name]) for name, value in before.items())
     stored = made.tensors()
     name = next(iter(before))
     assert not torch.equal(stored[name], made.files.load(name))
@@ -216,6 +218,6 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
     rates = [rate_share(step, 100) for step in range(100)]
     assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert rates[5] == 1.0
-    assert all(one >= other for one, other in zip(rates[5:], rates[6:], strict=False))
+    assert all(one >= other for one, other in pairwise(rates[5:]))
     assert rates[-1] < 0.001
     assert rate_share(0, 1) == 1.0
