@@ -78,6 +78,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w8a16", 8),
         Scheme("w4a16", 4, group_size=128),
         Scheme("w3a16", 3, group_size=64, symmetric=False),
+        Scheme("w2a16", 2, group_size=64, symmetric=False),
         Scheme("w8a8", 8, activation_bits=8),
         Scheme("w4a8", 4, activation_bits=8, group_size=128),
         Scheme("q2_k", 2, symmetric=False, block="Q2_K", block_size=256, block_bytes=84),

@@ -134,10 +134,11 @@ SYMMETRIC = [
     scheme("w4a16", group_size=32),
     scheme("w4a16", group_size=0),
     scheme("w3a16", symmetric=True),
+    scheme("w2a16", symmetric=True),
     scheme("w8a8"),
     scheme("w4a8"),
 ]
-ASYMMETRIC = [scheme("w3a16"), scheme("w4a16", symmetric=False), scheme("w8a8", symmetric=False)]
+ASYMMETRIC = [scheme("w3a16"), scheme("w2a16"), scheme("w4a16", symmetric=False), scheme("w8a8", symmetric=False)]
 
 
 def label(value: object) -> str:
@@ -295,7 +296,7 @@ NAME = "model.layers.0.up_proj.weight"
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
 def test_what_compressed_tensors_compresses_is_read(tmp_path: Path, bits: int, symmetric: bool, strategy: str) -> None:

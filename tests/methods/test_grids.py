@@ -59,7 +59,7 @@ def test_searched_never_loses_to_minmax_in_any_group(
     assert bool((searched <= plain * (1 + 1e-4)).all())
 
 
-@pytest.mark.parametrize(("name", "share"), [("w3a16", 0.75), ("w4a16", 0.85), ("w8a16", 0.97)])
+@pytest.mark.parametrize(("name", "share"), [("w2a16", 0.85), ("w3a16", 0.75), ("w4a16", 0.85), ("w8a16", 0.97)])
 def test_the_search_wins_what_it_is_there_for(name: str, share: float) -> None:
     wanted = scheme(name, 64)
     weight, importance = matrix(1, 64, 256, tail=0.01), importances(1, 256)
