@@ -14,11 +14,11 @@ from moqe.errors import CheckpointError
 from moqe.formats.bit_packing import pack, packed_words, unpack
 from moqe.formats.compressed_tensors import (
     SHARED_TENSORS,
-    CompressedTensorsFiles,
     CompressedTensorsWriter,
     encode,
     write_shared,
 )
+from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
 from moqe.formats.safetensors_folder import SafetensorsFolder, in_block, read_header, save_tensors
 from moqe.quantized import IntegerTensor, Quantized
 from moqe.runtimes.reference import ReferenceRuntime

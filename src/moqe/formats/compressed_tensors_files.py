@@ -54,7 +54,13 @@ class CompressedTensorsFiles:
         self.folder = folder
         config = read_json(folder / "config.json")
         self._formats = read_config(config.get("quantization_config") or {}, str(folder / "config.json"))
-        self._files = SafetensorsFolder(folder)
+        self._opened: SafetensorsFolder | None = SafetensorsFolder(folder)
+
+    @property
+    def _files(self) -> SafetensorsFolder:
+        if self._opened is None:
+            self._opened = SafetensorsFolder(self.folder)
+        return self._opened
 
     def names(self) -> list[str]:
         """Names of the parameters this folder holds, quantized or not."""
@@ -128,8 +134,8 @@ class CompressedTensorsFiles:
         return parts
 
     def close(self) -> None:
-        """Forget the mappings of files that were read; they are opened again when they are needed."""
-        self._files.close()
+        """Forget headers and mappings, which take memory while nobody reads; they are read again when needed."""
+        self._opened = None
 
     def _scheme(self, name: str) -> Scheme | None:
         """The scheme of a quantized weight, None for what is stored as floats. Raises CheckpointError."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from moqe.formats.packed_tensor import PackedTensor
+from moqe.formats.shared_codes import Lease
 from moqe.quantized import Quantized
 
 
@@ -23,6 +25,17 @@ class ExpertFiles(Protocol):
 
     def activation_bits(self, name: str) -> int:
         """Bits of the dynamic per-token quantization of the input of the linear `name`; 16 means none."""
+
+
+@runtime_checkable
+class PackedFiles(ExpertFiles, Protocol):
+    """An expert whose codes can stay as they are on disk, in common with experts that have the same files of codes."""
+
+    def packed(self, name: str, lease: Lease) -> PackedTensor | Quantized | Tensor:
+        """Like `load`, but with codes and scales as views of files that `lease` holds, where the layout allows it."""
+
+    def close(self) -> None:
+        """Forget what was opened for `load`; files are opened again when they are needed."""
 
 
 class ExpertWriter(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 from moqe.errors import CheckpointError
 from moqe.formats.awq_checkpoint import open_awq
-from moqe.formats.compressed_tensors import CompressedTensorsFiles
+from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
 from moqe.formats.expert_files import ExpertFiles
 from moqe.formats.float_checkpoint import FloatFiles
 from moqe.formats.gguf_files import GgufFiles

@@ -63,22 +63,29 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensor(path: Path, name: str) -> Tensor:
     """Read one tensor of one file. Raises CheckpointError when it is absent or the file is damaged."""
-    return _read(_opened(path), path, name)
+    return MappedFile(path).tensor(name)
 
 
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): {_REMEDY}") from error
+class MappedFile:
+    """A safetensors file, mapped. Raises CheckpointError when it is missing or damaged.
 
+    Its tensors are views of the mapping, nothing is copied. It ends when the last of them and this object are gone.
+    """
 
-def _read(handle: Any, path: Path, name: str) -> Tensor:
-    try:
-        tensor: Tensor = handle.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): {_REMEDY}") from error
-    return tensor
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._handle: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): {_REMEDY}") from error
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor. Raises CheckpointError when it is absent or the file is damaged."""
+        try:
+            tensor: Tensor = self._handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}): {_REMEDY}") from error
+        return tensor
 
 
 class SafetensorsFolder:
@@ -88,7 +95,7 @@ class SafetensorsFolder:
         self.folder = folder
         self._path: dict[str, Path] = {}
         self._headers: dict[Path, dict[str, dict[str, Any]]] = {}
-        self._handles: dict[Path, Any] = {}
+        self._mapped: dict[Path, MappedFile] = {}
         if (folder / INDEX).is_file():
             try:
                 weight_map = dict(read_json(folder / INDEX)["weight_map"])
@@ -135,6 +142,11 @@ class SafetensorsFolder:
         """A tensor's shape, without reading it."""
         return tuple(self._headers[self.path(name)][name]["shape"])
 
+    def size(self, name: str) -> int:
+        """Bytes a tensor takes in its file, without reading it."""
+        begin, end = self._headers[self.path(name)][name]["data_offsets"]
+        return int(end - begin)
+
     def is_float(self, name: str) -> bool:
         """Whether a tensor holds floating-point numbers, without reading it."""
         return str(self._headers[self.path(name)][name]["dtype"]).startswith(("F", "BF"))
@@ -142,6 +154,6 @@ class SafetensorsFolder:
     def tensor(self, name: str) -> Tensor:
         """Read one tensor. Raises CheckpointError when it is absent or its file is damaged."""
         path = self.path(name)
-        if path not in self._handles:
-            self._handles[path] = _opened(path)
-        return _read(self._handles[path], path, name)
+        if path not in self._mapped:
+            self._mapped[path] = MappedFile(path)
+        return self._mapped[path].tensor(name)
