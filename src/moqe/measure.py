@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from moqe.data.protocols import WHOLE, visible_tokens
 from moqe.evaluate import BASE, LossTable, LossTableFile, Predictions, judge, read_losses, read_predictions
 from moqe.evaluate.contact import contact_sheet
+from moqe.evaluate.domain_label import fit_domain_label
 from moqe.evaluate.judge import CASCADE, MIXTURE
 from moqe.evaluate.publish import publish
 from moqe.evaluate.routing import JUDGING_STEPS, ROUTERS, Answers, RoutingData, answer, fit_routers
 from moqe.evaluate.verdict import ExpertSummary, Verdict, write_verdict
 from moqe.folder import MixtureFolder
 from moqe.progress import Advance, Progress
-from moqe.recipe import Expert, Recipe
+from moqe.recipe import Expert, Policy, Recipe
 from moqe.router import load_cascade, load_router, save_cascade, save_router
 from moqe.router.policy_file import FILE as CASCADE_FILE
 from moqe.store import disk_bytes, write_json
@@ -66,8 +68,9 @@ def train_routers(task: Task, recipe: Recipe, place: MixtureFolder, progress: Pr
             )
             for split in ROUTER_SPLITS
         )
-        generalist = None if recipe.generalist is None else train.losses.experts.index(recipe.generalist)
-        fitted = fit_routers(train, validation, recipe.router, task.modality, recipe.seed, progress, generalist)
+        fitted = fit_routers(
+            train, validation, recipe.router, task.modality, recipe.seed, progress, _generalist(recipe)
+        )
         for name, router in fitted.routers.items():
             save_router(router, place.router(protocol) / name)
         task.deploy(fitted.routers[MIXTURE], place.router(protocol) / MIXTURE)
@@ -94,7 +97,7 @@ def judge_mixture(task: Task, recipe: Recipe, place: MixtureFolder, progress: Pr
                 recipe.seed,
                 recipe.bootstrap_samples,
                 predicted=answers[protocol].predicted,
-                policy=recipe.router.policy,
+                policy=_policy(recipe, protocol),
             )
             advance(1)
     facts = task.facts()
@@ -136,16 +139,38 @@ def _answer(
     if predictions is not None and len(experts) > 1 and wanted:
         cascade = load_cascade(deployed, len(experts))
     runs_first = None if task.feature_expert is None else experts.index(task.feature_expert)
+    whole = read_losses(place.losses, "test", WHOLE, task.metric) if _probes(protocol, len(experts)) else None
+    known = [read_losses(place.losses, split, protocol, task.metric) for split in ROUTER_SPLITS]
+    label = fit_domain_label(known, _generalist(recipe))
     return answer(
         test,
         task.features("test", protocol),
         routers,
         predictions=predictions,
         cascade=cascade,
-        policy=recipe.router.policy,
+        whole=whole,
+        labelled=None if label is None else label.choice(test[task.metric]),
+        policy=_policy(recipe, protocol),
         runs_first=runs_first,
         advance=advance,
     )
+
+
+def _generalist(recipe: Recipe) -> int | None:
+    """The number of the expert that everything falls back to; None where there are no specialists."""
+    names = [expert.name for expert in recipe.experts]
+    return None if recipe.generalist is None else names.index(recipe.generalist)
+
+
+def _probes(protocol: str, experts: int) -> bool:
+    """Whether there is something to probe with: the first of several tokens, and more than one expert."""
+    return experts > 1 and (visible_tokens(protocol) or 0) > 1
+
+
+def _policy(recipe: Recipe, protocol: str) -> Policy:
+    """The mixture's policy under a protocol: where the whole sample is scored nothing comes before it to probe."""
+    policy = recipe.router.policy
+    return "route" if policy == "probe" and not _probes(protocol, len(recipe.experts)) else policy
 
 
 def _summary(expert: Expert, facts: ExpertFacts) -> ExpertSummary:

@@ -252,6 +252,9 @@ class Balance(Options):
     temperature: float = Field(1.0, gt=0.0)
 
 
+Policy = Literal["route", "cascade", "probe"]
+
+
 class Router(Options):
     """How the router is trained. None means: what the preset says.
 
@@ -284,7 +287,7 @@ class Router(Options):
     max_tokens: int = Field(512, ge=1)
     feature: Literal["stem", "backbone"] = "stem"
     loss: Literal["cross_entropy", "zero_one"] = "cross_entropy"
-    policy: Literal["route", "cascade", "probe"] = "route"
+    policy: Policy = "route"
     max_cost: float = Field(1.1, ge=1.0, le=2.0)
 
 

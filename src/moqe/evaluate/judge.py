@@ -28,8 +28,16 @@ from moqe.evaluate.significance import (
 from moqe.evaluate.verdict import DomainRow, Kind, Line, ProtocolVerdict, Routed
 
 MIXTURE, CONSTANT = "mixture", "constant"
-ROUTE, CASCADE = "route", "cascade"
-KINDS: dict[str, Kind] = {MIXTURE: "mixture", ROUTE: "policy", CASCADE: "policy", CONSTANT: "no skill"}
+ROUTE, CASCADE, PROBE = "route", "cascade", "probe"
+DOMAIN = "domain"
+KINDS: dict[str, Kind] = {
+    MIXTURE: "mixture",
+    ROUTE: "policy",
+    CASCADE: "policy",
+    PROBE: "policy",
+    CONSTANT: "no skill",
+    DOMAIN: "bound",
+}
 """What kind of line an outcome's name is; every other name is a router's."""
 _NO_GAP = 1e-9  # relative to the best single expert's value
 
@@ -50,8 +58,9 @@ def judge(
 
     test: per metric the table of the test samples. validation: the table of the metric that is judged, of the same
     experts. outcomes: by name, on the test samples; "mixture" is what is deployed, guard and policy included, and must
-    be there; "route" and "cascade" are policies. predicted: the deployed router's predicted costs before its guard,
-    (n, experts), lower is better; without it there is no routing curve. policy: the name of the deployed one.
+    be there; "route", "cascade" and "probe" are policies, "domain" is a bound. predicted: the deployed router's
+    predicted costs before its guard, (n, experts), lower is better; without it there is no routing curve. policy: the
+    name of the deployed one.
     Raises ProtocolError when tables or outcomes do not belong together.
     """
     _check(test, validation, outcomes)
@@ -89,6 +98,7 @@ def judge(
         for name, bound in bounds.items()
     }
     split_gap, split_share = gaps.get("split-half oracle", (None, None))
+    domain_gap, domain_share = gaps.get(DOMAIN, (None, None))
     wins = difference.excludes_zero() and (difference.value < 0) == rule.lower_is_better
     return ProtocolVerdict(
         protocol=table.protocol,
@@ -112,7 +122,7 @@ def judge(
         oracle_share=gaps["oracle"][1],
         split_half_gap=split_gap,
         split_half_share=split_share,
-        routers={name: one for name, one in answered.items() if KINDS.get(name) not in ("mixture", "policy")},
+        routers={name: one for name, one in answered.items() if _kind(name) in ("router", "no skill")},
         lines=lines,
         domains=[
             _domain(test, mixture, table.domain == domain, best, rule, seed, bootstrap_samples)
@@ -130,7 +140,10 @@ def judge(
             metric=rule,
         ),
         policy=policy,
-        policies={name: one for name, one in answered.items() if KINDS.get(name) == "policy"},
+        policies={name: one for name, one in answered.items() if _kind(name) == "policy"},
+        domain_label=answered.get(DOMAIN),
+        domain_label_gap=domain_gap,
+        domain_label_share=domain_share,
     )
 
 
@@ -192,10 +205,12 @@ def _rows(test: Tables, outcomes: Mapping[str, Outcome], rule: Metric) -> list[_
     ]
     order: tuple[Kind, ...] = ("mixture", "policy")
     ranked = sorted(outcomes, key=lambda name: order.index(kind) if (kind := _kind(name)) in order else len(order))
-    rows += [_Row(_kind(name), name, outcomes[name].values, outcomes[name].mean_cost) for name in ranked]
+    given = [_Row(_kind(name), name, outcomes[name].values, outcomes[name].mean_cost) for name in ranked]
+    rows += [row for row in given if row.kind != "bound"]
     share = mixture.share / (mixture.asked.sum() / len(mixture))
     rows.append(_Row("no skill", "random", {name: one.loss.mean(1) for name, one in test.items()}, 1.0))
     rows.append(_Row("no skill", "uniform", {name: one.loss @ share for name, one in test.items()}, 1.0))
+    rows += [row for row in given if row.kind == "bound"]
     oracle = routed(test, best_per_sample(test, rule)).values
     rows.append(_Row("bound", "oracle", oracle, float(experts)))
     halves = {name: _split_half(one, METRICS[name]) for name, one in test.items()}

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moqe.evaluate.judge import CASCADE, MIXTURE, ROUTE, Tables
+from moqe.evaluate.judge import CASCADE, DOMAIN, MIXTURE, PROBE, ROUTE, Tables
 from moqe.evaluate.loss_table import Floats, LossTable
 from moqe.evaluate.metrics import METRICS
-from moqe.evaluate.outcome import Outcome, cascaded, routed
+from moqe.evaluate.outcome import Choice, Outcome, cascaded, routed
 from moqe.evaluate.predictions import Predictions
+from moqe.evaluate.probe import probed
 from moqe.progress import Advance, Progress, ignore
+from moqe.recipe import Policy
 from moqe.recipe import Router as RouterOptions
 from moqe.router import (
     Cascade,
@@ -165,17 +167,20 @@ def answer(
     *,
     predictions: Predictions | None = None,
     cascade: Cascade | None = None,
-    policy: Literal["route", "cascade"] = "route",
+    whole: LossTable | None = None,
+    labelled: Choice | None = None,
+    policy: Policy = "route",
     runs_first: int | None = None,
     advance: Advance = ignore,
 ) -> Answers:
     """Let routers, which have the names of ROUTERS, and the policies choose.
 
     tables: per metric, of the samples that `features` show. predictions, cascade: of the same samples, and what to do
-    with them; `policy` says which of the policies is the mixture's. runs_first: the expert whose features routers see,
-    if any. advance: told of JUDGING_STEPS steps.
+    with them. whole: the judged metric of the same samples under `whole`, where a probe can be made. labelled: the
+    expert of each sample's domain. `policy` says which of the policies is the mixture's. runs_first: the expert whose
+    features routers see, if any. advance: told of JUDGING_STEPS steps.
     """
-    costs, outcomes = {}, {}
+    costs, outcomes, policies = {}, {}, {}
     for name, router in routers.items():
         costs[name] = router.predict(features).cpu()
         if name != UNGUARDED:
@@ -185,9 +190,14 @@ def answer(
     if cascade is not None and predictions is not None:
         looks = cascade.always_first is None and not isinstance(routers[MIXTURE], Constant)
         answers = cascade.answer(choose(costs[MIXTURE]), torch.from_numpy(predictions.probabilities))
-        outcomes[ROUTE] = outcomes[MIXTURE]
-        outcomes[CASCADE] = cascaded(tables, predictions, answers, runs_first if looks else None)
+        policies[CASCADE] = cascaded(tables, predictions, answers, runs_first if looks else None)
+    if whole is not None:
+        policies[PROBE] = probed(tables, whole, whole.metric)
+    if policies:
+        outcomes |= {ROUTE: outcomes[MIXTURE], **policies}
         outcomes[MIXTURE] = outcomes[policy]
+    if labelled is not None:
+        outcomes[DOMAIN] = routed(tables, labelled)
     return Answers(outcomes, costs[UNGUARDED].double().numpy())
 
 

@@ -15,7 +15,7 @@ def sentence(difference: Interval, *, wins: bool, best: str, only_best: bool, co
     """
     basis = _basis(difference, metric)
     if cost != 1.0:
-        basis += f", {write.cost(cost)} forward passes per {metric.unit.removesuffix('s')}"
+        basis += f", {write.cost(cost)} forward passes per {'image' if metric.unit == 'images' else 'sample'}"
     interval, unit = write.metric_interval(difference, metric), metric.difference_label
     numbers = f"{interval} {unit}, {write.p_statement(difference.p)}"
     if wins:

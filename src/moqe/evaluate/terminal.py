@@ -198,12 +198,16 @@ def _notes(found: ProtocolVerdict) -> str:
     recovered = f"Share of the gap recovered: oracle {write.share_interval(found.oracle_share)}"
     if found.split_half_oracle is not None:
         recovered += f", split-half oracle {write.share_interval(found.split_half_share)}"
+    if found.domain_label is not None:
+        recovered += f", domain label {write.share_interval(found.domain_label_share)}"
     notes = [
         f"Best single expert, chosen on validation: {found.best_single} (best on test: {found.best_single_on_test}).",
         f"{recovered}.",
     ]
     if found.policies:
         notes.append(f"The mixture's policy is {found.policy}.")
+    if found.domain_label is not None:
+        notes.append("The line domain needs the label of each text: it is a bound and cannot be deployed.")
     bits = {
         line.name: line.bits_per_byte for line in found.lines if line.name in ("base", found.best_single, "mixture")
     }

@@ -100,7 +100,9 @@ class ProtocolVerdict:
     scored on the other, both ways. oracle_share, split_half_share: the part of the gap between best single and that
     oracle which the mixture wins; None where the gap is not distinguishable from zero. cost: the mixture's mean.
     policy: how the mixture turns the router's predictions into work. policies: the policies compared, by name; empty
-    where there is only one.
+    where there is only one. domain_label: every domain to the expert that is best on the router's documents of it,
+    which takes a label that nobody has in use; with the gap to it and the share of that which the mixture wins. None
+    where there is one domain, or where domains are classes.
     """
 
     protocol: str
@@ -133,6 +135,9 @@ class ProtocolVerdict:
     sentence: str
     policy: str = "route"
     policies: dict[str, Routed] = field(default_factory=dict)
+    domain_label: Routed | None = None
+    domain_label_gap: Interval | None = None
+    domain_label_share: Interval | None = None
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,14 @@ class LanguageMixture(Mixture):
         """Choose an expert for a text, or for token ids, int64 (tokens,).
 
         protocol: what the router may see, by default what the mixture was deployed for; `prefix-k` looks at the first
-        k tokens, `whole` at as many as a window of the recipe had in training.
+        k tokens, `whole` at as many as a window of the recipe had in training. With `policy: probe` every expert scores
+        the first k tokens under the deployed protocol, which loads all of them; a text of one token, on which there is
+        nothing to score, goes where the router says.
         Raises MoqeError for an empty text or a protocol the mixture has no router for.
         """
         ids, name = self._ids(sample), protocol or self.protocol
+        if self.recipe.router.policy == "probe" and name == self.protocol and len(ids) > 1:
+            return self._probe(ids[: visible_tokens(name)])
         most = min(self.recipe.data.window, self.recipe.router.max_tokens)
         seen = ids[: visible_tokens(name) or most] if name in self.manifest["protocols"] else ids
         features = TokenFeatures(seen[None], self._shared.embedding, self.device)
@@ -112,6 +116,14 @@ class LanguageMixture(Mixture):
             files = open_expert(self._verified(expert))
             self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert, progress=self._progress)
         return self._runtimes[expert]
+
+    def _probe(self, seen: Tensor) -> Decision:
+        """The expert with the lowest loss on the given first tokens, int64 (k,), the first of equals."""
+        costs = {name: float(self.runtime(name).score(seen[None]).double().mean()) for name in self.experts}
+        expert = min(costs, key=lambda name: costs[name])
+        return Decision(
+            expert, costs, "nats", self.protocol, f"lowest loss of {len(costs)} on the first {len(seen)} tokens"
+        )
 
     def _choose(self, ids: Tensor, expert: str | None) -> tuple[str, str]:
         if expert is not None:

@@ -21,7 +21,8 @@ class Decision:
     """Where the router sends an input, and why.
 
     costs: the predicted cost of every expert, lower is better, in `unit`: `nats` are predicted losses per token
-    (relative to the experts' mean), `logit` are negative logits, whose differences only rank.
+    (relative to the experts' mean), `logit` are negative logits, whose differences only rank. Of a probe they are
+    measured: nats per token of what was scored.
     """
 
     expert: str
