@@ -54,6 +54,11 @@ def test_a_recipe_with_specialists_says_who_they_are(recipe_content: dict[str, A
     assert "for-code" not in dump_recipe(recipe)
 
 
+def test_specialists_branch_from_the_generalist_s_training(recipe_content: dict[str, Any]) -> None:
+    recipe = parse_recipe(with_specialists(recipe_content, distill=SHORT | {"branch_after": 3}))
+    assert [expert.distill.branch_after for expert in recipe.experts[1:]] == [0, 3, 3, 3]  # type: ignore[union-attr]
+
+
 def test_specialists_that_share_nothing_have_statistics_of_their_own(recipe_content: dict[str, Any]) -> None:
     recipe = parse_recipe(with_specialists(recipe_content, share="none", own_weight=4))
     assert all(not expert.codes_of for expert in recipe.experts)
@@ -68,6 +73,8 @@ def test_specialists_that_share_nothing_have_statistics_of_their_own(recipe_cont
         ({"own_weight": 1.0}, "greater than 1"),
         ({"distill": {"steps": 4, "branch_after": 4}}, "must be below steps"),
         ({"scheme": "w5a16"}, "unknown scheme"),
+        ({"share": "none", "distill": {"branch_after": 2}}, "needs share: codes"),
+        ({"share": "none", "memory": 1.2}, "only scales can be left out"),
     ],
 )
 def test_what_cannot_be_specialised_is_one_clear_line(
@@ -76,6 +83,27 @@ def test_what_cannot_be_specialised_is_one_clear_line(
     with pytest.raises(RecipeError, match=message) as caught:
         moqe.plan(parse_recipe(with_specialists(recipe_content, **change)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("task", "runtime"), [("language", "onnx"), ("image-classification", "bfloat16")])
+def test_a_runtime_of_the_other_task_is_refused(recipe_content: dict[str, Any], task: str, runtime: str) -> None:
+    data = {name: ["x"] for name in ("calibration", "router", "test")}
+    vision = {"base": "x", "data": data, "experts": [{"name": "ptq", "method": "ptq", "scheme": "w8a8"}]}
+    content = recipe_content if task == "language" else vision
+    with pytest.raises(RecipeError, match=f"runtime {runtime} does not exist"):
+        parse_recipe(content | {"task": task, "runtime": runtime})
+
+
+def test_products_in_bfloat16_are_named_and_close(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    from moqe.tasks.language import LanguageTask
+
+    found = {}
+    for runtime in ("reference", "bfloat16"):
+        task = LanguageTask(parse_recipe(recipe_content | {"runtime": runtime}), tmp_path)
+        assert task.runtime_name == runtime
+        found[runtime] = torch.from_numpy(task.losses("base", "test", range(4)).losses["whole"][task.metric].loss_sum)
+    assert not torch.equal(found["reference"], found["bfloat16"])
+    torch.testing.assert_close(found["bfloat16"], found["reference"], rtol=0.05, atol=1.0)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +194,24 @@ def test_clusters_need_no_labels_and_rounds_are_written_down(loud_base: Path, te
     (step,) = certificate["distilled"]["rounds"]
     assert step["round"] == 1
     assert step["before"] >= 0
+
+
+def test_memory_is_spent_within_its_bound(loud_base: Path, texts: Path, tmp_path: Path) -> None:
+    from tests.conftest import recipe_for
+
+    content = with_specialists(recipe_for(loud_base, texts), memory=1.04)
+    moqe.build(moqe.parse_recipe(content), tmp_path / "m")
+    experts = [tmp_path / "m" / "experts" / name for name in MEMBERS]
+    files = {path.stat().st_ino: path.stat().st_size for place in experts for path in place.glob("*.safetensors")}
+    one = sum(path.stat().st_size for path in experts[0].glob("*.safetensors"))
+    certificates = [json.loads((place / "certificate.json").read_text())["distilled"] for place in experts]
+    curve = certificates[0]["memory_curve"]
+    assert [len(certificate["blocks"]) for certificate in certificates[1:]] != [2, 2, 2]  # not everything fits
+    assert 1.0 < sum(files.values()) / one <= 1.04
+    assert curve[-1]["memory"] == pytest.approx(sum(files.values()) / one, rel=1e-5)
+    assert curve[0]["memory"] == 1.0
+    assert curve[-1]["divergence"] < curve[0]["divergence"]
+    assert moqe.load(tmp_path / "m").score("one two three", expert="for-code").tokens > 0  # type: ignore[attr-defined]
 
 
 def test_clusters_are_the_domains_where_words_tell_them_apart(tiny_base: Path, recipe_content: dict[str, Any]) -> None:

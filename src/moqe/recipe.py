@@ -186,8 +186,9 @@ class Specialists(Options):
     none`: each has codes of its own, from statistics that weigh its domain `own_weight` times. `own_weight` is also how
     much oftener distillation sees the specialist's own windows; None tries 4, 8 and 16 and keeps, for each specialist,
     what its domain's validation windows like best. `rounds` of alternation: give every calibration window to the expert
-    that serves it best, distill again on these, and stop when validation does not improve. The generalist is distilled
-    just as long on everything, and is what the guard falls back to.
+    that serves it best, distill again on these, and stop when validation does not improve. `memory` bounds the bytes of
+    all together, in multiples of one expert's: blocks keep scales of their own where held-out windows gain most per
+    byte. The generalist is distilled just as long on everything, and is what the guard falls back to.
     """
 
     count: int | None = Field(None, ge=2)
@@ -199,6 +200,7 @@ class Specialists(Options):
     share: Literal["codes", "none"] = "codes"
     own_weight: float | None = Field(OWN_WEIGHT, gt=1.0)
     rounds: int = Field(0, ge=0)
+    memory: float | None = Field(None, ge=1.0)
     distill: Distill = Distill()
 
     def labels(self, sources: Sources) -> tuple[str, ...]:
@@ -220,14 +222,19 @@ class Specialists(Options):
         return domains
 
     def experts(self, labels: tuple[str, ...]) -> tuple[Expert, ...]:
-        """The generalist and one specialist per label, as a recipe could have listed them."""
+        """The generalist and one specialist per label, as a recipe could have listed them. Raises ValueError."""
+        if self.share == "none" and self.distill.branch_after:
+            raise ValueError("specialists.distill.branch_after needs share: codes: other codes have no common start")
+        if self.share == "none" and self.memory is not None:
+            raise ValueError("specialists.memory needs share: codes: only scales can be left out")
         made: dict[str, Any] = {
             "method": self.method,
             "scheme": self.scheme,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
         }
-        generalist = Expert(name=GENERALIST, distill=self.distill, **made)
+        whole = self.distill.model_copy(update={"branch_after": 0})
+        generalist = Expert(name=GENERALIST, distill=whole, **made)
         found = [generalist]
         for label in labels:
             distill = self.distill.model_copy(update={"weights": {label: self.own_weight}})
@@ -320,13 +327,13 @@ class Recipe(Options):
     """Everything about a mixture. See the class of each section for its options.
 
     `weights`: a state dict for a base that is `package.module:factory` or `timm:<name>`. `runtime`: what computes the
-    losses; `onnx` is for images.
+    losses; `onnx` is for images, `bfloat16` (the reference with products in that type) for texts.
     """
 
     base: str
     weights: str = ""
     task: Literal["language", "image-classification"] = "language"
-    runtime: Literal["reference", "onnx"] = "reference"
+    runtime: Literal["reference", "bfloat16", "onnx"] = "reference"
     data: Data
     experts: tuple[Expert, ...] = ()
     specialists: Specialists | None = None
@@ -344,6 +351,8 @@ class Recipe(Options):
         if twice:
             raise ValueError(f"expert names must differ, and {', '.join(twice)} stands twice")
         self._refuse_other_tasks_keys()
+        if self.runtime == {"language": "onnx", "image-classification": "bfloat16"}[self.task]:
+            raise ValueError(f"runtime {self.runtime} does not exist where task is {self.task}: remove it")
         if self.task == "language" and self.protocol.prefix >= self.data.window:
             raise ValueError(
                 f"protocol.prefix ({self.protocol.prefix}) must be shorter than data.window ({self.data.window})"
@@ -391,7 +400,7 @@ class Recipe(Options):
 
     def _refuse_other_tasks_keys(self) -> None:
         """Raise ValueError for a stated key that this task does not read."""
-        own = {"language": {"protocol", "specialists"}, "image-classification": {"weights", "runtime"}}
+        own = {"language": {"protocol", "specialists"}, "image-classification": {"weights"}}
         foreign = [
             key for task, keys in own.items() if task != self.task for key in sorted(keys & self.model_fields_set)
         ]

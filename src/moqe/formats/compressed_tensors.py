@@ -126,6 +126,11 @@ class CompressedTensorsWriter:
             self._shard(block + 2, "scales"), {name: part for name, part in stored.items() if name not in codes}
         )
 
+    def link_scales(self, block: int, folder: Path) -> None:
+        """Take over a block of another split expert with the same codes, scales included."""
+        for path in self._shards(block):
+            link(folder / path.name, path)
+
     def _encode(self, name: str, value: Quantized) -> dict[str, Tensor]:
         asked = (self.scheme.weight_bits, self.scheme.activation_bits, self.scheme.symmetric)
         got = (value.scheme.weight_bits, value.scheme.activation_bits, value.scheme.symmetric)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from moqe.errors import ModelError
@@ -32,3 +34,8 @@ def product_dtype(device: str, precision: str) -> torch.dtype:
     else:
         native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
+
+
+def mixed_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """Products in `dtype`, everything else in float32; nothing where `dtype` is float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

@@ -34,11 +34,12 @@ from moqe.progress import Progress
 from moqe.recipe import Expert, Recipe
 from moqe.schemes import Scheme
 from moqe.store import read_json, write_json
+from moqe.tasks.allotment import Unit, allot, block_gains, mixed_state
 
 log = logging.getLogger("moqe")
 
 OWN_WEIGHTS = (4.0, 8.0, 16.0)  # what is tried where a recipe leaves own_weight open
-_ROWS = 4
+_ROWS, _CURVE = 4, 5  # windows at once; points of the memory curve
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,79 @@ class Distiller:
         wanted = self.recipe.specialists.rounds if self.recipe.specialists is not None and specialists else 0
         score = self._half_split(student, found, progress) if wanted else 0.0
         for number in range(1, wanted + 1):
-            labels = self._assign(student, found, specialists, progress)
+            assigned = self._assign(student, found, specialists, progress)
             again = found | {
-                member.name: self._train(student, family, _owning(member), labels, number, progress)
+                member.name: self._train(student, family, _owning(member), assigned, number, progress)
                 for member in specialists
             }
             now = self._half_split(student, again, progress)
             rounds.append({"round": number, "before": significant(score), "after": significant(now)})
             if now >= score:
                 break
-            found, score = again, now
-        for member in unfinished:
-            student.load_state(found[member.name].state)
-            self._write(member, family.owner, source, student, found[member.name], rounds)
+            found, score, labels = again, now, assigned
+        own, curve = self._allot(student, family, specialists, found, labels, source, progress)
+        for member in family.members:
+            if member in unfinished:
+                facts = {"rounds": rounds, "blocks": own.get(member.name), "memory_curve": curve.get(member.name)}
+                student.load_state(found[member.name].state)
+                self._write(member, family.owner, source, student, found[member.name], facts)
+
+    def _allot(
+        self,
+        student: Student,
+        family: Family,
+        specialists: Sequence[Expert],
+        found: Mapping[str, Distilled],
+        labels: Sequence[str],
+        source: Path,
+        progress: Progress,
+    ) -> tuple[dict[str, list[int]], dict[str, list[dict[str, float]]]]:
+        """Which blocks of each specialist get their own scales, and the generalist's curve of memory and divergence.
+
+        Both are empty where the recipe does not bound memory.
+        """
+        options = self.recipe.specialists
+        if options is None or options.memory is None or not specialists or family.owner.distill is None:
+            return {}, {}
+        blocks, general = self.decoder.block_names, found[family.owner.name].state
+        validation = self._data(family.owner.distill, labels, progress).validation.tolist()
+        windows = {
+            member.name: torch.tensor([row for row in validation if labels[row] in _own_labels(member)])
+            for member in specialists
+        }
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        files = [next(source.glob(f"scales-{index + 2:05d}-*")).stat().st_size for index in range(len(blocks))]
+        units = []
+        with progress.track("distill: where it pays", len(specialists)) as advance:
+            for member in specialists:
+                if len(windows[member.name]):
+                    gains = block_gains(
+                        student,
+                        self._targets,
+                        self.samples.tokens,
+                        windows[member.name],
+                        general,
+                        found[member.name].state,
+                        blocks,
+                    )
+                    units += [Unit(member.name, k, files[k], gain) for k, gain in enumerate(gains)]
+                advance(1)
+        chosen = allot(units, int((options.memory - 1.0) * size))
+        curve = []
+        with progress.track("distill: memory curve", _CURVE) as advance:
+            for point in range(_CURVE):
+                part = chosen[: round(len(chosen) * point / (_CURVE - 1))]
+                values = []
+                for member in specialists:
+                    mine = [unit.block for unit in part if unit.expert == member.name]
+                    student.load_state(mixed_state(general, found[member.name].state, mine, blocks))
+                    if len(windows[member.name]):
+                        values.append(float(self._divergence(student, self._targets, windows[member.name]).mean()))
+                spent = 1.0 + sum(unit.bytes for unit in part) / size
+                curve.append({"memory": significant(spent), "divergence": significant(float(np.mean(values)))})
+                advance(1)
+        own = {member.name: sorted(u.block for u in chosen if u.expert == member.name) for member in specialists}
+        return own, {family.owner.name: curve}
 
     def _train(
         self, student: Student, family: Family, expert: Expert, labels: Sequence[str], number: int, progress: Progress
@@ -220,13 +281,21 @@ class Distiller:
         source: Path,
         student: Student,
         result: Distilled,
-        rounds: Sequence[Mapping[str, Any]],
+        facts: Mapping[str, Any],
     ) -> None:
-        """Write an expert's folder in the state the student has now, its certificate last."""
+        """Write an expert's folder in the state the student has now, its certificate last.
+
+        facts: what the certificate says beside the training; `blocks` are those with scales of their own, None for all.
+        """
         writer = self._writer(expert, owner, source)
         tensors = student.tensors()
         for index, name in enumerate(self.decoder.block_names):
-            if not writer.has(index):
+            if writer.has(index):
+                continue
+            if facts["blocks"] is not None and index not in facts["blocks"]:
+                assert isinstance(writer, CompressedTensorsWriter)
+                writer.link_scales(index, self.folder.expert(owner.name))
+            else:
                 writer.write(index, {key: value for key, value in tensors.items() if key.startswith(f"{name}.")})
         writer.finish()
         certificate = read_json(source / CERTIFICATE)
@@ -236,7 +305,7 @@ class Distiller:
             "kept_step": result.step,
             "divergence": {str(step): significant(value) for step, value in result.divergence.items()},
             "weights": dict(expert.distill.weights),
-            "rounds": list(rounds),
+            **{name: value for name, value in facts.items() if value is not None},
         }
         write_json(
             self.folder.certificate(expert.name),
@@ -249,6 +318,12 @@ class Distiller:
         if scheme.is_block:
             return GgufWriter(folder, base, shared, scheme, blocks, self.folder.work / "blocks" / expert.name)
         return CompressedTensorsWriter(folder, base, shared, scheme, blocks, codes_of=source)
+
+
+def _own_labels(member: Expert) -> set[str]:
+    """The labels that a specialist is for: its domain or cluster, and itself after windows were assigned."""
+    assert member.distill is not None
+    return {member.name, *(label for label, weight in member.distill.weights.items() if weight != 1.0)}
 
 
 def _owning(member: Expert) -> Expert:

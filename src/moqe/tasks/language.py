@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from moqe.data.protocols import (
     WHOLE,
@@ -24,6 +25,7 @@ from moqe.errors import RecipeError, did_you_mean
 from moqe.folder import MixtureFolder
 from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
+from moqe.formats.expert_files import ExpertFiles
 from moqe.methods import METHODS, check
 from moqe.models.decoder import Decoder
 from moqe.models.device import check_device
@@ -55,13 +57,13 @@ class LanguageTask:
     metrics: tuple[str, ...] = ("nats_per_token",)
     router_metric = "nats_per_token"
     modality = "text"
-    runtime_name = "reference"
     classes: tuple[str, ...] = ()
     feature_expert: str | None = None
     chunk_samples = 16
 
     def __init__(self, recipe: Recipe, folder: Path, device: str = "cpu") -> None:
         self.recipe, self.folder, self.device = recipe, MixtureFolder(folder), device
+        self.runtime_name = recipe.runtime
         self.schemes = {expert.name: check(expert) for expert in recipe.experts if expert.method}
         check_device(device)
         self.decoder = Decoder.open(recipe.base, device=device)
@@ -166,11 +168,15 @@ class LanguageTask:
         if expert not in self._runtimes:
             self._runtimes.clear()
             if expert == "base":
-                self._runtimes[expert] = ReferenceRuntime(self.decoder.full(), name=expert)
+                self._runtimes[expert] = self._reference(self.decoder.full(), None, expert)
             else:
                 files = open_expert(self.folder.expert(expert))
-                self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert)
+                self._runtimes[expert] = self._reference(self._shared.model, files, expert)
         return self._runtimes[expert]
+
+    def _reference(self, model: nn.Module, files: ExpertFiles | None, name: str) -> ReferenceRuntime:
+        products = torch.bfloat16 if self.runtime_name == "bfloat16" else torch.float32
+        return ReferenceRuntime(model, files, name=name, products=products)
 
     @cached_property
     def _embedding(self) -> Tensor:

@@ -6,7 +6,6 @@ again for a few positions at a time.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,15 +13,11 @@ from torch import Tensor
 
 from moqe.methods.distill.student import Student
 from moqe.models.decoder import Decoder
+from moqe.models.device import mixed_precision
 from moqe.progress import Progress, Silent
 
 _BATCH = 8
 _LOGIT_ELEMENTS = 1 << 24  # logits held at once: 64 MiB of float32
-
-
-def mixed_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Products in `dtype`, everything else in float32; nothing where `dtype` is float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 @dataclass(frozen=True)
