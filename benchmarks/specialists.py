@@ -28,6 +28,7 @@ from benchmarks.tables import table, write_section
 from moqe.cli import Bars
 from moqe.data.protocols import WHOLE
 from moqe.evaluate import BASE, LossTable, intervals, read_losses
+from moqe.evaluate.domain_label import fit_domain_label
 from moqe.evaluate.format import number, signed_interval
 from moqe.evaluate.routing import RoutingData, answer, fit_routers
 from moqe.recipe import Recipe, parse_recipe
@@ -36,7 +37,7 @@ from moqe.tasks import LanguageTask
 
 SPLITS = ("router_train", "router_validation", "test")
 GROUP = 64
-GENERALIST = "generalist"
+GENERALIST, LABEL = "generalist", "domain label"
 VARIANTS: dict[str, dict[str, Any]] = {
     "codes": {},
     "clusters": {"by": "cluster", "count": len(DOMAINS)},
@@ -108,12 +109,20 @@ def measure(recipe: Recipe, folder: Path, seed: int, bars: Bars) -> None:
         )
         fitted = fit_routers(train, validation, recipe.router, task.modality, seed, bars, names.index(GENERALIST))
         test = tables["test"]
-        answers = answer({task.metric: test}, task.features("test", protocol), fitted.routers)
+        label = fit_domain_label([tables[split] for split in SPLITS[:2]], names.index(GENERALIST))
+        assert label is not None
+        answers = answer(
+            {task.metric: test},
+            task.features("test", protocol),
+            fitted.routers,
+            whole=None if protocol == WHOLE else read_losses(losses, "test", WHOLE),
+            labelled=label.choice(test),
+        )
         best = int(tables["router_validation"].loss.sum(0).argmin())
         ways = {name: test.loss[:, column].tolist() for column, name in enumerate(names)}
-        ways |= {f"router {name}": x.values[task.metric].tolist() for name, x in answers.outcomes.items()}
+        ways |= {way(name): x.values[task.metric].tolist() for name, x in answers.outcomes.items()}
         ways |= {BASE: test.base.tolist(), "best single": test.loss[:, best].tolist()}
-        ways |= ceilings(tables["router_validation"], test)
+        ways |= {"oracle": test.loss.min(1).tolist(), "split-half oracle": split_half(test)}
         found["protocols"][protocol] = {
             "document": [f"{seed}:{name}" for name in test.document],
             "domain": test.domain.tolist(),
@@ -125,22 +134,16 @@ def measure(recipe: Recipe, folder: Path, seed: int, bars: Bars) -> None:
     write_json(outcome, found)
 
 
-def ceilings(validation: LossTable, test: LossTable) -> dict[str, list[float]]:
-    """What a domain's label, and knowing the losses, would give. The label's expert is chosen on validation."""
-    best = int(validation.loss.sum(0).argmin())
-    of_domain = {
-        domain: int(validation.loss[validation.domain == domain].sum(0).argmin())
-        for domain in np.unique(validation.domain)
-    }
-    choice = np.array([of_domain.get(domain, best) for domain in test.domain])
-    rows = np.arange(len(test))
-    other = test.halves.argmin(1)  # (n, 2): each half is scored by the expert that is best on the other
-    split = test.halves[rows, other[:, 0], 1] + test.halves[rows, other[:, 1], 0]
-    return {
-        "domain label": test.loss[rows, choice].tolist(),
-        "oracle": test.loss.min(1).tolist(),
-        "split-half oracle": split.tolist(),
-    }
+def way(name: str) -> str:
+    """What a line of the table is called."""
+    return {"domain": LABEL, "probe": "probe", "route": "mixture, one expert"}.get(name, f"router {name}")
+
+
+def split_half(test: LossTable) -> list[float]:
+    """The loss of every window when each half is scored by the expert that is best on the other half."""
+    other, rows = test.halves.argmin(1), np.arange(len(test))  # (n, 2)
+    found: list[float] = (test.halves[rows, other[:, 0], 1] + test.halves[rows, other[:, 1], 0]).tolist()
+    return found
 
 
 def sizes(folder: Path, names: tuple[str, ...]) -> dict[str, int]:
@@ -211,7 +214,7 @@ def by_domain(ways: dict[str, NDArray[np.float64]], document: NDArray[Any], coun
 
 def claim(ways: dict[str, NDArray[np.float64]], document: NDArray[Any], count: Any, bits: int) -> str:
     """Whether the mixture wins, by how much of what was aimed at, and how much of the label's gain it collects."""
-    gains = np.stack([ways["best single"] - ways[name] for name in ("router mixture", "domain label")], axis=1)
+    gains = np.stack([ways["best single"] - ways[name] for name in ("router mixture", LABEL)], axis=1)
     mixture, label = intervals(document, gains, count, 2000, 0, differences=True)
     wins = mixture.excludes_zero() and mixture.value > 0
     aim = SMALLEST_GAIN.get(bits)
