@@ -4,7 +4,8 @@
     mixture.route("def main():").expert
     mixture.generate("The quick brown").text
 
-Embeddings and norms that experts share are in memory once.
+Embeddings that experts share are in memory once, and so are integer codes: experts with common files of codes keep them
+packed, and only their scales apart.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from moqe.data.protocols import visible_tokens
 from moqe.errors import MoqeError
 from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
+from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
+from moqe.formats.shared_codes import SharedCodes, in_common
 from moqe.mixture.mixture import Decision, Mixture
 from moqe.models.shared import SharedParts, open_shared
 from moqe.progress import Progress
@@ -55,6 +58,7 @@ class LanguageMixture(Mixture):
         super().__init__(folder, device, progress)
         self._shared: SharedParts = open_shared(self.folder.shared, self.folder.shared / SHARED_TENSORS, device)
         self._runtimes: dict[str, ReferenceRuntime] = {}
+        self._codes = SharedCodes(device)
 
     @property
     def tokenizer(self) -> Any:
@@ -114,7 +118,15 @@ class LanguageMixture(Mixture):
         """The runtime of one expert, loaded and verified on first use. Raises MoqeError on an unknown name."""
         if expert not in self._runtimes:
             files = open_expert(self._verified(expert))
-            self._runtimes[expert] = ReferenceRuntime(self._shared.model, files, name=expert, progress=self._progress)
+            others = [self.folder.expert(other) for other in self.experts if other != expert]
+            shares = isinstance(files, CompressedTensorsFiles) and in_common(files.code_files(), others)
+            self._runtimes[expert] = ReferenceRuntime(
+                self._shared.model,
+                files,
+                name=expert,
+                progress=self._progress,
+                codes=self._codes if shares else None,
+            )
         return self._runtimes[expert]
 
     def _probe(self, seen: Tensor) -> Decision:

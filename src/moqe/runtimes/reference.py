@@ -8,25 +8,26 @@ All experts of a mixture run on one skeleton, the full-precision model. A runtim
 that shares every tensor with it, except those the expert replaces by other values: embeddings and head are held once
 however many experts are loaded. The skeleton is never changed, so runtimes may work in different threads.
 
-Cost: 4 bytes per quantized weight while loaded; `release` gives them back.
+Cost: 4 bytes per quantized weight while loaded; `release` gives them back. With `codes`, the bytes of the expert's
+scales, and those of its codes once for all experts that share them; every linear then makes its weight at every call.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moqe.errors import CheckpointError, DataError, ModelError, NumericalError
-from moqe.formats.expert_files import ExpertFiles
-from moqe.formats.safetensors_folder import in_block
-from moqe.models.activations import quantize_inputs
-from moqe.progress import Advance, Progress, Silent, ignore
+from moqe.errors import DataError, ModelError, NumericalError
+from moqe.formats.expert_files import ExpertFiles, PackedFiles
+from moqe.formats.shared_codes import Lease, SharedCodes
+from moqe.models.device import mixed_precision
+from moqe.models.shared import share
+from moqe.progress import Progress, Silent
+from moqe.runtimes.installation import install
 
 _LOGIT_ELEMENTS = 1 << 24  # logits held at once while scoring: 64 MiB of float32
 
@@ -36,7 +37,11 @@ class ReferenceRuntime:
 
     model: a causal language model of transformers in float32, with its head after its last layer. name: the expert's,
     for errors. max_batch_tokens: tokens per forward pass; losses are made in the same batches every time. progress:
-    shows the loading of the expert and the generation of text; whoever scores many windows shows that.
+    shows the loading of the expert and the generation of text; whoever scores many windows shows that. codes: keep
+    linears as codes and scales, the codes in common with other runtimes on the same `SharedCodes`, whose device must be
+    the model's; losses are the same bit for bit. None dequantizes them once, which is faster where there is memory.
+    products: the type in which losses are computed, apart from sums and norms; bfloat16 is what most servers use, and
+    several times faster than float32 where the processor has instructions for it.
     Nothing is loaded before the first use, which raises CheckpointError when the expert does not fit the skeleton.
     """
 
@@ -50,8 +55,11 @@ class ReferenceRuntime:
         name: str = "base",
         max_batch_tokens: int = 2048,
         progress: Progress | None = None,
+        codes: SharedCodes | None = None,
+        products: torch.dtype = torch.float32,
     ) -> None:
-        self._skeleton, self._expert = model, expert
+        self._skeleton, self._expert, self._codes = model, expert, codes
+        self._products = products
         self.expert_name, self.max_batch_tokens = name, max_batch_tokens
         self._progress = progress or Silent()
         self._loaded: _Parts | None = None
@@ -85,6 +93,10 @@ class ReferenceRuntime:
     @torch.no_grad()
     def _score_batch(self, tokens: Tensor) -> Tensor:
         parts = self._parts()
+        with mixed_precision(self._products, parts.device):
+            return self._losses(parts, tokens)
+
+    def _losses(self, parts: _Parts, tokens: Tensor) -> Tensor:
         hidden = parts.hidden(tokens[:, :-1])  # (b, window - 1, hidden)
         flat, targets = hidden.flatten(0, 1), tokens[:, 1:].to(hidden.device).flatten()
         rows = max(1, _LOGIT_ELEMENTS // parts.vocabulary)
@@ -147,17 +159,21 @@ class ReferenceRuntime:
         with self._lock:
             if self._loaded is None:
                 model = share(self._skeleton)
+                lease = self._codes.lease() if self._codes is not None else None
                 if self._expert is not None:
                     with self._progress.track(f"load {self.expert_name}", len(self._expert.names())) as advance:
-                        install(model, self._expert, self.expert_name, advance)
-                self._loaded = _Parts(model)
+                        install(model, self._expert, self.expert_name, advance, lease)
+                if lease is not None and isinstance(self._expert, PackedFiles):
+                    self._expert.close()  # what was read besides the codes is copied or compared by now
+                self._loaded = _Parts(model, lease)
             return self._loaded
 
 
 class _Parts:
-    """A model as body and head, so that logits can be made for a few positions at a time."""
+    """A model as body and head, so that logits can be made for a few positions at a time; and what holds its codes."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, lease: Lease | None = None) -> None:
+        self.lease = lease
         self.model, self.body, self.head = model, model.base_model, model.get_output_embeddings()
         self.device = self.head.weight.device
         self.vocabulary = int(self.head.weight.shape[0])
@@ -173,73 +189,3 @@ class _Parts:
         """Normalised hidden states, (n, t, hidden), of tokens, (n, t)."""
         states: Tensor = self.body(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
         return states
-
-
-def share(model: nn.Module) -> nn.Module:
-    """A copy of a model's modules that holds the very same parameters and buffers, in evaluation mode."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, memo).eval()
-
-
-def install(model: nn.Module, expert: ExpertFiles, expert_name: str, advance: Advance = ignore) -> None:
-    """Give a shared copy the expert's parameters and the quantization of its activations.
-
-    The skeleton's blocks may lie on the meta device: the expert fills them. Parameters equal to the model's stay shared
-    with it. `advance` is told of each of the expert's parameters. Raises CheckpointError when the expert has parameters
-    the model lacks, other shapes, or too few to cover the decoder's blocks; NumericalError when a weight is not finite.
-    """
-    device = next(tensor.device for tensor in model.parameters() if not tensor.is_meta)
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = expert.names()
-    lacking = sorted(name for name in set(parameters) - set(names) if in_block(name))
-    unknown = sorted(name for name in set(names) - set(parameters) if not _is_redundant(name, expert))
-    names = [name for name in names if name in parameters]
-    if lacking or unknown:
-        example = f"it lacks {lacking[0]}" if lacking else f"the base model has no {unknown[0]}"
-        raise CheckpointError(f"expert {expert_name} does not belong to this base model: {example}")
-    advance(len(expert.names()) - len(names))  # those that change nothing
-    replaced: dict[int, nn.Parameter] = {}
-    for name in names:
-        advance(1)
-        old = parameters[name]
-        value = expert.load(name)
-        weight = value if isinstance(value, Tensor) else value.dequantize()
-        if weight.shape != old.shape:
-            shapes = f"{name} is {tuple(weight.shape)} and should be {tuple(old.shape)}"
-            raise CheckpointError(f"expert {expert_name} does not belong to this base model: {shapes}")
-        if isinstance(value, Tensor) and not old.is_meta and _equal(old, weight):
-            continue
-        weight = weight.to(device, old.dtype)
-        if not torch.isfinite(weight).all():
-            raise NumericalError(f"expert {expert_name}: {name} is not finite; build it again or remove it")
-        replaced[id(old)] = nn.Parameter(weight, requires_grad=False)
-        _assign(modules, name, replaced[id(old)])
-        bits = expert.activation_bits(name)
-        if bits < 16:
-            quantize_inputs(modules[name.rpartition(".")[0]], bits)
-    # A tied tensor has several names and the expert gives it one: the others follow.
-    for name in set(parameters) - set(names):
-        if id(parameters[name]) in replaced:
-            _assign(modules, name, replaced[id(parameters[name])])
-
-
-def _is_redundant(name: str, expert: ExpertFiles) -> bool:
-    """Whether a parameter the model lacks changes nothing: older tools store rotary tables and biases of zeros."""
-    if name.endswith(".rotary_emb.inv_freq"):
-        return True
-    if not name.endswith(".bias"):
-        return False
-    bias = expert.load(name)
-    return isinstance(bias, Tensor) and not bias.any()
-
-
-def _assign(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(modules[owner], leaf, parameter)
-
-
-def _equal(parameter: Tensor, stored: Tensor) -> bool:
-    """Whether a stored tensor has the parameter's values, compared in slices so that no large copy is made."""
-    pairs = zip(torch.split(parameter.detach(), 4096), torch.split(stored, 4096), strict=True)
-    return all(torch.equal(ours, theirs.to(ours.device, ours.dtype)) for ours, theirs in pairs)

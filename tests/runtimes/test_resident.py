@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import split_experts
+from moqe.formats.compressed_tensors import SHARED_TENSORS
+from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
+from moqe.runtimes.resident import Resident, resident_bytes
+from moqe.schemes import scheme
+from split_experts import surroundings, write_experts
+
+
+def formula(folder: Path) -> Resident:
+    experts = {path.name: CompressedTensorsFiles(path) for path in sorted(folder.glob("e?"))}
+    return resident_bytes(folder / "shared" / SHARED_TENSORS, experts)
+
+
+def test_the_formula_counts_codes_once(tmp_path: Path) -> None:
+    base = surroundings(tmp_path / "base")
+    write_experts(tmp_path, base, scheme("w4a16", group_size=64, symmetric=False), 3)
+    linears = 2 * (
+        128 * 2 * 256 + 128 * 2 * 128 + 128 * 3 * 192
+    )  # q and o of two heads, k and v of one; gate, up, down
+    expected = formula(tmp_path)
+    assert expected.shared == 4 * (128 * 128 + 128)
+    assert expected.codes == linears // 2 + linears // 64 // 2
+    norms = 2 * 4 * 128  # of inputs, attention's inputs, queries and keys
+    assert expected.own == dict.fromkeys(("e0", "e1", "e2"), 2 * linears // 64 + 4 * norms)
+    assert expected.working == 4 * 128 * 192
+    parts = expected.shared + expected.codes + 3 * expected.own["e0"] + expected.objects + expected.working
+    assert expected.total == parts
+    shutil.rmtree(tmp_path / "e1")
+    shutil.copytree(tmp_path / "e0", tmp_path / "e1")  # a copy has its own codes
+    assert formula(tmp_path).codes == 2 * expected.codes
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four code-sharing experts of 155 million weights."""
+    folder = tmp_path_factory.mktemp("large")
+    base = surroundings(folder / "base", hidden_size=2048, intermediate_size=8192, num_hidden_layers=3, head_dim=128)
+    write_experts(folder, base, scheme("w4a16", group_size=64), 1)
+
+    def link_codes(source: str, target: str) -> None:
+        (os.link if "codes-" in source else shutil.copyfile)(source, target)
+
+    for number in (1, 2, 3):
+        shutil.copytree(folder / "e0", folder / f"e{number}", copy_function=link_codes)
+    return folder
+
+
+def measure(folder: Path, *arguments: str) -> list[int]:
+    """Resident bytes before the first expert and after each, in a process of their own."""
+    command = [sys.executable, split_experts.__file__, str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    sizes: list[int] = json.loads(done.stdout)
+    return sizes
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of memory")
+def test_four_experts_hold_one_set_of_codes(large: Path) -> None:
+    expected = formula(large)
+    grown = measure(large)
+    slack = 0.02 * expected.codes
+    scales = sum(expected.own[name] for name in ("e1", "e2", "e3"))
+    assert scales <= grown[4] - grown[1] <= scales + slack
+    whole = expected.codes + sum(expected.own.values()) + expected.objects
+    assert abs(grown[4] - grown[0] - whole) <= slack
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of memory")
+def test_without_common_codes_each_expert_holds_its_own(large: Path) -> None:
+    expected = formula(large)
+    grown = measure(large, "apart")
+    assert grown[4] - grown[1] >= 3 * expected.codes
