@@ -14,6 +14,7 @@ Every verb of the command line is a function here, of the same name and with the
 
 from __future__ import annotations
 
+from moqe.advise import Advice, advise
 from moqe.build import BuildResult, Plan, build, evaluate, plan
 from moqe.bundled import quickstart_recipe
 from moqe.doctor import doctor
@@ -24,6 +25,7 @@ from moqe.verbs import classify, generate, quickstart, route
 from moqe.version import __version__
 
 __all__ = [
+    "Advice",
     "BuildResult",
     "Classification",
     "Decision",
@@ -34,6 +36,7 @@ __all__ = [
     "Recipe",
     "Score",
     "__version__",
+    "advise",
     "build",
     "classify",
     "doctor",

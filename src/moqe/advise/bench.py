@@ -1,0 +1,114 @@
+"""What measuring a width needs, made once for all: codes, the base's answers, a router; and the order of work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from moqe.advise.budget import FULL, VALIDATION_WINDOWS, Clock, Schedule, plan
+from moqe.advise.codes import make_codes
+from moqe.advise.measurement import Scored, Width, base_losses, choice_divergence, pace, trained, untrained
+from moqe.advise.samples import AdviceSamples
+from moqe.formats import open_expert, write_shared
+from moqe.formats.compressed_tensors import SHARED_TENSORS
+from moqe.methods.distill import Student, Targets, TrainingSet
+from moqe.models.decoder import Decoder
+from moqe.models.device import product_dtype
+from moqe.models.shared import open_shared
+from moqe.progress import Progress
+from moqe.store import read_json, write_json
+from moqe.tasks.distiller import validation_rows
+
+NOTHING_TO_WIN = 0.004  # nats of divergence below which no specialist is trained: it could win a part of that at most
+_LATE = 0.5  # a width is not begun with less than this share of its time left
+
+
+class Bench:
+    """Measures widths of one base on one sample.
+
+    bits: every width that is quantized. routed: what the router calls the scored windows. work: a folder that may be
+    thrown away afterwards. clock: keeps the time, and is told what was spent on what.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        samples: AdviceSamples,
+        routed: NDArray[np.str_],
+        bits: Sequence[int],
+        seed: int,
+        work: Path,
+        clock: Clock,
+        progress: Progress,
+    ) -> None:
+        self.work, self.seed, self.clock, self.progress = work, seed, clock, progress
+        shared, calibration, scored = work / "shared", samples.calibration, samples.scored
+        write_shared(decoder.folder, shared)
+        write_json(shared / "config.json", read_json(decoder.folder / "config.json"))
+        self.codes = make_codes(decoder, calibration, bits, work / "codes", shared, clock.seconds, progress)
+        clock.lap("codes")
+        device = str(decoder.device)
+        self._skeleton: nn.Module = open_shared(shared, shared / SHARED_TENSORS, device).model
+        options = FULL.model_copy(update={"validation_windows": VALIDATION_WINDOWS})
+        train, validation = validation_rows(calibration, options, seed)
+        targets = Targets.of(decoder, calibration.tokens, product_dtype(device, FULL.precision), progress)
+        self.data = TrainingSet(calibration.tokens, calibration.domain, targets, train, validation)
+        answers = Targets.of(decoder, scored.tokens, progress=progress)
+        self.scored = Scored(
+            scored.tokens,
+            np.array(scored.domain),
+            routed,
+            np.array(scored.document),
+            np.arange(len(scored)) >= len(samples.choice),
+            answers,
+            base_losses(self._student(bits[-1]), answers, scored.tokens),
+        )
+        clock.lap("base")
+
+    def _student(self, bits: int) -> Student:
+        return Student(self._skeleton, open_expert(self.codes.folders[bits]))
+
+    def measure(
+        self, wanted: Sequence[int], specialists: int, steps: int | None
+    ) -> tuple[Schedule, list[Width], list[str]]:
+        """Measure every width in what time is left: the schedule, the widths by bits, and what was left out, in words.
+
+        Specialists are trained at the widths `wanted` where there is something to win, most bits first.
+        """
+        step_seconds, score_seconds = pace(self._student(min(self.codes.folders)), self.data, self.scored)
+        before = {bits: choice_divergence(self._student(bits), self.scored) for bits in self.codes.folders}
+        training = [bits for bits in sorted(wanted, reverse=True) if before[bits] >= NOTHING_TO_WIN]
+        windows = len(self.scored.tokens)
+        rest = (len(before) - len(training)) * windows * score_seconds
+        schedule = plan(self.clock.left - rest, len(training), specialists, windows, step_seconds, score_seconds, steps)
+        widths = [
+            untrained(self._student(bits), bits, self.codes.methods[bits], self.scored, before[bits])
+            for bits in sorted(set(before) - set(training))
+        ]
+        left_out = []
+        need = schedule.seconds(step_seconds, score_seconds, windows)
+        for number, bits in enumerate(training):
+            if number and steps is None and self.clock.left < _LATE * need:
+                left_out.append(f"{bits} bits: not measured, time was up")
+                continue
+            widths.append(self._train(bits, before[bits], schedule))
+        self.clock.lap("measure")
+        return schedule, sorted(widths, key=lambda width: width.bits), left_out
+
+    def _train(self, bits: int, before: float, schedule: Schedule) -> Width:
+        return trained(
+            self._student(bits),
+            bits,
+            self.codes.methods[bits],
+            self.data,
+            self.scored,
+            schedule,
+            before,
+            self.seed,
+            self.work / "training" / f"w{bits}",
+            self.progress,
+        )

@@ -1,0 +1,220 @@
+"""What a generalist and its specialists lose on the scored windows, at one width."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moqe.advise.budget import FULL, VALIDATION_WINDOWS, Schedule
+from moqe.evaluate.loss_table import Floats
+from moqe.methods.distill import Student, Targets, TrainingSet, distill, snapshot_path
+from moqe.progress import Progress
+from moqe.recipe import OWN_WEIGHT
+
+_ROWS = 4  # windows in a forward pass
+_PROBED = 12  # choice windows that tell whether there is anything to win
+_LOGIT_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per window the mean over its tokens, float64 (n,); NaN where a window was not scored.
+
+    nats: loss under the tokens that came. divergence: KL(base || expert), which is what the loss exceeds the base's by
+    if the text were drawn from the base.
+    """
+
+    nats: Floats
+    divergence: Floats
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scored windows with the base's answers. base: its losses, (n,). targets: its hidden states, float32."""
+
+    tokens: Tensor
+    label: NDArray[np.str_]
+    routed: NDArray[np.str_]
+    document: NDArray[np.str_]
+    judging: NDArray[np.bool_]  # the others are for choosing
+    targets: Targets
+    base: Floats
+
+
+@dataclass(frozen=True)
+class Width:
+    """One width, measured.
+
+    divergence_before: the generalist's on the choice windows, not yet distilled, nats. specialists: by label, scored
+    where the label or the router says so; empty where nothing was trained. growth: the specialists' gain in divergence
+    over that after half of their own steps; NaN where that was not looked at.
+    """
+
+    bits: int
+    method: str
+    divergence_before: float
+    generalist: Scores
+    specialists: Mapping[str, Scores]
+    steps: int
+    growth: float
+
+
+def score(student: Student, targets: Targets, tokens: Tensor, rows: Sequence[int]) -> Scores:
+    """Score windows at `rows`, in float32. Arrays are as long as `tokens`, NaN elsewhere."""
+    nats, divergence = np.full(len(tokens), np.nan), np.full(len(tokens), np.nan)
+    with torch.no_grad():
+        for part in torch.split(torch.tensor(list(rows), dtype=torch.int64), _ROWS):
+            hidden = student.hidden(tokens[part][:, :-1])
+            found = _token_scores(student, hidden, targets.hidden[part].to(hidden.device), tokens[part][:, 1:])
+            nats[part.numpy()], divergence[part.numpy()] = (values.mean(1).double().cpu().numpy() for values in found)
+    return Scores(nats, divergence)
+
+
+def base_losses(student: Student, targets: Targets, tokens: Tensor) -> Floats:
+    """The base's loss of every window, nats per token, from its hidden states and the head that experts share."""
+    losses = []
+    with torch.no_grad():
+        for part in torch.split(torch.arange(len(tokens)), _ROWS):
+            hidden = targets.hidden[part].to(student.device)
+            losses.append(_token_scores(student, hidden, None, tokens[part][:, 1:])[0].mean(1).double().cpu())
+    return np.asarray(torch.cat(losses).numpy())
+
+
+def _token_scores(student: Student, hidden: Tensor, wanted: Tensor | None, following: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, divergence) of every token, (b, t) each; without the base's states, `wanted`, divergence is 0."""
+    size = max(1, _LOGIT_ELEMENTS // student.vocabulary)
+    flat, target = hidden.flatten(0, 1), following.to(hidden.device).flatten()
+    loss, divergence = [], []
+    for start in range(0, len(flat), size):
+        piece = slice(start, start + size)
+        mine = student.head(flat[piece]).float().log_softmax(-1)
+        loss.append(-mine.gather(1, target[piece, None])[:, 0])
+        if wanted is None:
+            divergence.append(torch.zeros_like(loss[-1]))
+            continue
+        theirs = student.head(wanted.flatten(0, 1)[piece]).float().log_softmax(-1)
+        divergence.append((theirs.exp() * (theirs - mine)).sum(-1))
+    return torch.cat(loss).view(hidden.shape[:2]), torch.cat(divergence).view(hidden.shape[:2])
+
+
+def pace(student: Student, data: TrainingSet, scored: Scored) -> tuple[float, float]:
+    """Seconds of a training step and of scoring one window, the second of two tries each. Changes nothing."""
+    student.load_state({})
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        data.targets.backward(student, data.tokens, data.train[: FULL.batch_windows])
+        seconds.append(time.monotonic() - start)
+    for parameter in student.parameters().values():
+        parameter.grad = None
+    rows = range(min(_ROWS, len(scored.tokens)))
+    for _ in range(2):
+        start = time.monotonic()
+        score(student, scored.targets, scored.tokens, rows)
+        seconds.append((time.monotonic() - start) / len(rows))
+    return seconds[1], seconds[3]
+
+
+def choice_divergence(student: Student, scored: Scored) -> float:
+    """The untrained expert's mean divergence on some choice windows, evenly taken."""
+    student.load_state({})
+    rows = torch.from_numpy(np.flatnonzero(~scored.judging))
+    rows = rows[:: max(1, len(rows) // _PROBED)]
+    found = [scored.targets.divergence(student, scored.tokens, part) for part in torch.split(rows, _ROWS)]
+    return float(torch.cat(found).mean())
+
+
+def untrained(student: Student, bits: int, method: str, scored: Scored, divergence_before: float) -> Width:
+    """A width at which nothing can be won: only its generalist is scored, as its method left it."""
+    student.load_state({})
+    scores = score(student, scored.targets, scored.tokens, range(len(scored.tokens)))
+    return Width(bits, method, divergence_before, scores, {}, 0, float("nan"))
+
+
+def trained(
+    student: Student,
+    bits: int,
+    method: str,
+    data: TrainingSet,
+    scored: Scored,
+    schedule: Schedule,
+    divergence_before: float,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> Width:
+    """Distil a generalist and specialists that branch from it, and score them. folder: for the trainings' states.
+
+    Where there are fewer specialists than labels, those labels get one on which the generalist diverges most.
+    """
+    branch, halfway = schedule.branch_after, schedule.branch_after + schedule.own_steps // 2
+    look = schedule.extrapolates
+    snapshots = frozenset({branch, halfway} if look else {branch}) - {0}
+    options = FULL.model_copy(
+        update={
+            "steps": schedule.steps,
+            "branch_after": 0,
+            "evaluate_every": max(1, schedule.steps // 2),
+            "validation_windows": VALIDATION_WINDOWS,
+        }
+    )
+    made = distill(
+        student, data, options, seed, folder / "generalist", snapshots=snapshots, progress=progress, name=f"w{bits}"
+    )
+    student.load_state(made.state)
+    everything = range(len(scored.tokens))
+    with progress.track(f"score w{bits}", len(everything)) as advance:
+        generalist = score(student, scored.targets, scored.tokens, everything)
+        advance(len(everything))
+    labels = sorted(set(data.label))
+    need = {
+        label: float(np.nansum(np.where((scored.label == label) & ~scored.judging, generalist.divergence, np.nan)))
+        for label in labels
+    }
+    chosen = sorted(sorted(labels, key=lambda label: -need[label])[: schedule.specialists])
+    middle = Scores(np.full(len(scored.tokens), np.nan), np.full(len(scored.tokens), np.nan))
+    if look:
+        student.load_state(_snapshot(folder / "generalist", halfway))
+        middle = score(student, scored.targets, scored.tokens, np.flatnonzero(np.isin(scored.label, chosen)).tolist())
+    specialists: dict[str, Scores] = {}
+    early, late = 0.0, 0.0
+    for label in chosen:
+        own = options.model_copy(update={"weights": {label: OWN_WEIGHT}, "branch_after": branch})
+        place = folder / f"specialist-{labels.index(label)}"
+        start = snapshot_path(folder / "generalist", branch) if branch else None
+        found = distill(
+            student,
+            data,
+            own,
+            seed,
+            place,
+            start=start,
+            snapshots=frozenset({halfway}) if look else frozenset(),
+            progress=progress,
+            name=f"w{bits} for {label}",
+        )
+        student.load_state(found.state)
+        rows = np.flatnonzero((scored.label == label) | (scored.routed == label)).tolist()
+        specialists[label] = score(student, scored.targets, scored.tokens, rows)
+        if look:
+            mine = scored.label == label
+            student.load_state(_snapshot(place, halfway))
+            then = score(student, scored.targets, scored.tokens, np.flatnonzero(mine).tolist())
+            early += float((middle.divergence - then.divergence)[mine].sum())
+            late += float((generalist.divergence - specialists[label].divergence)[mine].sum())
+    growth = late / early if early > 0 and late > 0 else float("nan")
+    return Width(bits, method, divergence_before, generalist, specialists, schedule.steps, growth)
+
+
+def _snapshot(folder: Path, step: int) -> dict[str, Tensor]:
+    """The parameters that a training had after `step`."""
+    stored = load_file(snapshot_path(folder, step))
+    return {name.removeprefix("now/"): tensor for name, tensor in stored.items() if name.startswith("now/")}

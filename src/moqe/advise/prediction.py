@@ -1,0 +1,176 @@
+"""From measured losses to predicted gains: who serves what, intervals over documents, and careful extrapolation.
+
+Gains are differences of the loss under the tokens that came, which is what a verdict will measure. Where only a ratio
+or an order counts, the divergence KL(base || expert) stands in, which has far less noise: which labels a specialist
+helps, by what a gain grows with training, and how the gap to the base shrinks from width to width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moqe.advise.advice import Range, Row
+from moqe.advise.codes import bits_per_weight, scale_bits_per_weight
+from moqe.advise.measurement import Scored, Width
+from moqe.evaluate.loss_table import Floats
+from moqe.evaluate.significance import percentile_interval, resampled_ratios
+
+RESAMPLES = 2000
+MOST_GROWTH = 2.0  # a gain is not taken to more than double when a specialist's own steps double
+_PER_BIT = math.log(4.0)  # rounding noise has a quarter of the power with every bit
+_SMALLEST_GAP = 1e-6
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of one expert's model, and of one more set of scales."""
+
+    expert: float
+    scales: float
+
+
+def growth_of(widths: Sequence[Width]) -> float:
+    """By what a gain grows when a specialist's own steps double, 1 to MOST_GROWTH: the median over widths."""
+    found = [width.growth for width in widths if math.isfinite(width.growth)]
+    return float(np.clip(np.median(found), 1.0, MOST_GROWTH)) if found else 1.0
+
+
+def doublings(own_steps: int, full_own_steps: int) -> float:
+    """How often the steps that a specialist had of its own must double to be those of a build."""
+    return max(0.0, math.log2(full_own_steps / own_steps))
+
+
+def gap_at(points: Floats, gaps: Floats, bits: float) -> Floats:
+    """The gap of one model of `bits` per weight, (n,): log-linear between the widths measured, and beyond them.
+
+    points: bits per weight, ascending, (k,). gaps: of these, (n, k).
+    """
+    logs = np.log(np.maximum(gaps, _SMALLEST_GAP))
+    if len(points) == 1:
+        return np.asarray(np.exp(logs[:, 0] - _PER_BIT * (bits - points[0])))
+    right = int(np.clip(np.searchsorted(points, bits), 1, len(points) - 1))
+    share = (bits - points[right - 1]) / (points[right] - points[right - 1])
+    return np.asarray(np.exp(logs[:, right - 1] * (1 - share) + logs[:, right] * share))
+
+
+class Predictor:
+    """Turns measured widths into rows. doublings: of a specialist's own steps, from those measured to a build's."""
+
+    def __init__(
+        self,
+        widths: Sequence[Width],
+        scored: Scored,
+        sizes: Mapping[int, Size],
+        growth: float,
+        doublings: float,
+        seed: int,
+    ) -> None:
+        self.widths, self.scored, self.sizes, self.seed = widths, scored, sizes, seed
+        self.most = growth**doublings  # factor by which longer training may raise a gain
+        self.points = np.array([bits_per_weight(width.bits) for width in widths])
+        self.divergences = np.stack([width.generalist.divergence for width in widths], axis=1)  # (n, k)
+
+    def gap(self, width: Width) -> Range:
+        """What a width's generalist loses against the base, nats per token."""
+        values, resampled = self._resampled(self._gap(width)[:, None])
+        return Range(*_around(values[0], resampled[:, 0]))
+
+    def _gap(self, width: Width) -> Floats:
+        return width.generalist.nats - self.scored.base
+
+    def row(self, width: Width, experts: int) -> Row:
+        """Predict `experts` of one width, the generalist among them."""
+        trained = len(width.specialists)
+        size = self.sizes[width.bits]
+        more_bits = scale_bits_per_weight() * (experts - 1)
+        routed, labelled = self._gains(width, min(experts - 1, trained))
+        gap = self._gap(width)
+        values, resampled = self._resampled(np.column_stack([self.divergences, gap, routed, labelled]))
+        here, k = list(self.widths).index(width), len(self.widths)
+        target = self.points[here] + more_bits
+
+        def saved(columns: Floats) -> Floats:
+            shares = gap_at(self.points, columns[:, :k], target) / np.maximum(columns[:, here], _SMALLEST_GAP)
+            return columns[:, k] * (1.0 - shares)
+
+        storage_value, storage = float(saved(values[None])[0]), saved(resampled)
+        ceiling = max(0.0, float(np.quantile(resampled[:, k], 0.975)))
+        if trained:
+            most, extrapolated = self._factor(experts, trained)
+            gain = _widened(values[k + 1], resampled[:, k + 1], most, ceiling)
+            label_gain = _widened(values[k + 2], resampled[:, k + 2], most, ceiling)
+            measured = Range(*_around(values[k + 1], resampled[:, k + 1]))
+            low, _ = percentile_interval(resampled[:, k + 1] - storage)
+            _, high = percentile_interval(np.minimum(most * resampled[:, k + 1], ceiling) - storage)
+            beyond = Range(low, gain.value - storage_value, high)
+        else:
+            gain = label_gain = measured = Range(0.0, 0.0, ceiling)
+            low, high = percentile_interval(storage)
+            beyond, extrapolated = Range(-high, -storage_value, ceiling - low), ()
+        return Row(
+            bits=width.bits,
+            experts=experts,
+            memory_ratio=(size.expert + (experts - 1) * size.scales) / size.expert,
+            gain=gain,
+            label_gain=label_gain,
+            measured_gain=measured,
+            storage_gain=Range(*_around(storage_value, storage)),
+            bandwidth_gain=0.0,  # as many bytes read per token buy the generalist itself
+            beyond_storage=beyond,
+            extrapolated=extrapolated,
+        )
+
+    def _gains(self, width: Width, count: int) -> tuple[Floats, Floats]:
+        """What routing and labels win on every scored window with the `count` specialists that help most, (n,) each.
+
+        Which ones help, and whether a label that the router gives is answered by its specialist at all, is decided on
+        the choice windows.
+        """
+        scored, generalist = self.scored, width.generalist
+        helped = {}
+        for label, scores in width.specialists.items():
+            mine = (scored.routed == label) & ~scored.judging
+            helped[label] = float((generalist.divergence - scores.divergence)[mine].sum())
+        best = sorted(helped, key=lambda label: -helped[label])[:count]
+        routed = labelled = np.zeros(len(generalist.nats))
+        for label in best:
+            won = generalist.nats - width.specialists[label].nats
+            if helped[label] > 0:
+                routed = np.where(scored.routed == label, won, routed)
+            labelled = np.where(scored.label == label, won, labelled)
+        return routed, labelled
+
+    def _factor(self, experts: int, trained: int) -> tuple[float, tuple[str, ...]]:
+        """By what a measured gain may grow in a full build, and why."""
+        most, why = 1.0, []
+        if self.most > 1.0:
+            most, why = self.most, ["steps"]
+        if experts > trained + 1:  # at the most as much again with every doubling
+            most *= math.log(experts) / math.log(trained + 1)
+            why.append("experts")
+        return most, tuple(why)
+
+    def _resampled(self, columns: Floats) -> tuple[Floats, Floats]:
+        """Means over the judging windows, (k,), and over resampled documents, (resamples, k), paired by draw."""
+        judged = columns[self.scored.judging]
+        document, ones = self.scored.document[self.scored.judging], np.ones(len(judged))
+        return judged.mean(0), resampled_ratios(document, judged, ones, RESAMPLES, self.seed)
+
+
+def _around(value: float, resampled: Floats) -> tuple[float, float, float]:
+    low, high = percentile_interval(resampled)
+    return low, float(value), high
+
+
+def _widened(value: float, resampled: Floats, most: float, ceiling: float) -> Range:
+    """An interval that allows for growth by up to `most`, half of it on a log scale being expected.
+
+    A gain cannot exceed the whole gap to the base, `ceiling`; a loss that is possible is taken to grow as well.
+    """
+    low, value, high = _around(value, resampled)
+    expected = max(value, min(value * math.sqrt(most), ceiling))
+    return Range(low if low > 0 else low * most, expected, max(expected, min(high * most, ceiling)))
