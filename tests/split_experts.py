@@ -1,9 +1,9 @@
 """Random experts that share codes, and a program that runs them and says how much memory that takes.
 
-    python tests/split_experts.py FOLDER [apart]
+    python tests/split_experts.py FOLDER COUNT [apart]
 
-prints a JSON list: resident bytes before, and after each expert's first use. `apart`: experts do not know of each
-other's codes.
+prints a JSON list: resident bytes before, and after the first use of each of COUNT experts. `apart`: experts do not
+know of each other's codes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def resident() -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run all experts of a folder, one after the other."""
+    """Run experts of a folder, one after the other."""
     from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
     from moqe.formats.shared_codes import SharedCodes
     from moqe.runtimes.reference import ReferenceRuntime
@@ -122,15 +122,15 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(arguments[0])
     skeleton = open_skeleton(folder / "base", folder / "shared")
     codes = SharedCodes()
-    paths = sorted(folder.glob("e?"))
+    paths = [folder / f"e{number}" for number in range(int(arguments[1]))]
     first = ReferenceRuntime(skeleton, CompressedTensorsFiles(paths[0]), codes=codes)
-    first.score(TOKENS)  # loads what of the libraries is loaded on first use
+    first.score(TOKENS[:1, :8])  # loads what of the libraries is loaded on first use
     first.release()
     runtimes, grown = [], [resident()]
     for path in paths:
         own = SharedCodes() if "apart" in arguments else codes
         runtimes.append(ReferenceRuntime(skeleton, CompressedTensorsFiles(path), name=path.name, codes=own))
-        runtimes[-1].score(TOKENS)
+        runtimes[-1].score(TOKENS[:1, :8])
         grown.append(resident())
     sys.stdout.write(json.dumps(grown))
 
