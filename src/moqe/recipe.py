@@ -144,7 +144,8 @@ class Recipe(Options):
             raise ValueError("router.policy probe scores the first tokens of texts: choose route or cascade")
         if policy == "probe" and (self.protocol.route_on != "prefix" or self.protocol.prefix < 2):
             raise ValueError(
-                "router.policy probe scores the prefix: set protocol.route_on to prefix and its prefix to 2 or more"
+                "router.policy probe scores the prefix: set protocol.route_on to prefix, and "
+                "protocol.prefix to 2 or more"
             )
 
     def _refuse_other_tasks_keys(self) -> None:
