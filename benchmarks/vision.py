@@ -349,7 +349,9 @@ def main() -> None:
         task = ImageTask(recipe, work)
         task.make_experts(bars)
         console.print(bits, "experts made")
-        models = {BASE: (task, BASE)} | {net: (ImageTask(make_recipe(options, net, bits), work), BASE) for net in NETS}
+        models = {BASE: (task, BASE)}  # a runtime may keep a base model's file, so each has a folder of its own
+        for net in NETS:
+            models[net] = ImageTask(make_recipe(options, net, bits), work / "bases" / net), BASE
         score(models | {expert.name: (task, expert.name) for expert in recipe.experts}, work / "scores", bars)
         losses = work / "scores" / "losses.parquet"
         done: list[Table] = []
