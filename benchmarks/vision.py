@@ -282,7 +282,19 @@ def sentence(one: Table) -> str:
         parts.append(
             f"{words} {'wins' if wins else 'does not win'} here ({points} points at {number(row['cost'], 3)} passes)."
         )
-    return " ".join(parts)
+    return " ".join([*parts, hindsight(one)])
+
+
+def hindsight(one: Table) -> str:
+    """How far mixture and cascade are from the expert that turned out to be best, which nobody could know."""
+    value = {row["name"]: row["value"]["value"] for row in one.rows}
+    best = max(one.experts, key=lambda name: value[name])
+    away = [
+        f"the {words} {metric_difference(value[name] - value[best], TOP1)}"
+        for name, words in (("mixture", "mixture"), ("cascade", "cascade"))
+        if name in value
+    ]
+    return f"Against {best}, the best expert in hindsight: {', '.join(away)} points."
 
 
 def tables(bits: str) -> list[Table]:
