@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ def test_experts_have_their_codes_in_common_and_their_scales_apart(make: Make, t
     runtimes[1].release()
     assert not codes._open
     assert torch.equal(runtimes[1].score(TOKENS), before)
+
+
+def test_scales_in_a_common_file_are_held_once_too(make: Make) -> None:
+    skeleton, paths = make()
+    scales = "scales-00002-of-00003.safetensors"
+    (paths[1] / scales).unlink()
+    os.link(paths[0] / scales, paths[1] / scales)
+    codes = SharedCodes()
+    runtimes = [ReferenceRuntime(skeleton, CompressedTensorsFiles(path), codes=codes) for path in paths]
+    one, other = (coded_linears(runtime) for runtime in runtimes)
+    for name in one:
+        assert (one[name].packed.scale is other[name].packed.scale) == name.startswith("model.layers.0.")
 
 
 def test_a_coded_linear_is_read_like_a_linear(make: Make) -> None:

@@ -40,6 +40,18 @@ def test_the_formula_counts_codes_once(tmp_path: Path) -> None:
     assert formula(tmp_path).codes == 2 * expected.codes
 
 
+def test_scales_in_common_are_counted_once(tmp_path: Path) -> None:
+    base = surroundings(tmp_path / "base")
+    paths = write_experts(tmp_path, base, scheme("w4a16", group_size=64), 2)
+    before = formula(tmp_path)
+    scales = "scales-00002-of-00003.safetensors"
+    (paths[1] / scales).unlink()
+    os.link(paths[0] / scales, paths[1] / scales)
+    norms = 4 * 4 * 128
+    assert before.own["e1"] == before.own["e0"]
+    assert formula(tmp_path).own == {"e0": before.own["e0"], "e1": (before.own["e1"] - 2 * norms) // 2 + 2 * norms}
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four code-sharing experts of 100 million weights."""

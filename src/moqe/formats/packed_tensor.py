@@ -3,7 +3,8 @@
 Format: see `compressed_tensors`. The arithmetic is `IntegerTensor.dequantize`'s, so the weights are equal bit for bit.
 
 Cost: a byte or less a weight while it is kept. Dequantizing makes the float32 matrix a few rows at a time, so that what
-comes between codes and weights stays in the processor's cache; it takes about as long as multiplying 50 vectors by it.
+comes between codes and weights stays in the processor's cache. On a CPU with AVX-512 that takes as long as multiplying
+70 to 80 vectors by the matrix at 4 bits, 170 at 3 bits, 30 to 50 where a code is a byte.
 """
 
 from __future__ import annotations

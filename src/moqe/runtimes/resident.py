@@ -28,7 +28,8 @@ class Resident:
     """Bytes in memory once every expert was used.
 
     shared: the model around the blocks, in float32. codes: integer codes and zero points as stored, those that several
-    experts have in common once. own: for every expert its scales, as stored, and its other parameters in float32.
+    experts have in common once. own: for every expert its scales, as stored, unless they are in a file that an earlier
+    expert has too, and its other parameters in float32.
     objects: what torch keeps for the modules of every expert's copy, estimated.
     working: the largest weight in float32, made when a layer runs and dropped after it.
     """
@@ -51,16 +52,21 @@ def resident_bytes(shared: Path, experts: Mapping[str, CompressedTensorsFiles]) 
     shared: the safetensors file of what lies around the blocks. Raises CheckpointError when a file is missing.
     """
     around = sum(math.prod(entry["shape"]) for entry in read_header(shared).values())
-    codes: dict[tuple[int, int, str], int] = {}
+    held: set[tuple[int, int, str]] = set()
+    codes = 0
     own: dict[str, int] = {}
     linears = largest = 0
     for expert, files in experts.items():
         own[expert] = 0
         for part in files.parts():
-            if part.kind in ("codes", "zero points"):
-                codes[*identity(part.path), part.name] = part.bytes
-            else:
-                own[expert] += part.bytes if part.kind == "scales" else _FLOAT * part.values
+            key = (*identity(part.path), part.name)
+            if part.kind == "floats":
+                own[expert] += _FLOAT * part.values
+            elif key not in held and part.kind == "scales":
+                own[expert] += part.bytes
+            elif key not in held:
+                codes += part.bytes
+            held.add(key)
             if part.kind == "codes":
                 linears, largest = linears + 1, max(largest, part.values)
-    return Resident(_FLOAT * around, sum(codes.values()), own, _OBJECTS * linears, _FLOAT * largest)
+    return Resident(_FLOAT * around, codes, own, _OBJECTS * linears, _FLOAT * largest)
