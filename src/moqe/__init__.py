@@ -14,7 +14,7 @@ Every verb of the command line is a function here, of the same name and with the
 
 from __future__ import annotations
 
-from moqe.advise import Advice, advise
+from moqe.advice import Advice, advise
 from moqe.build import BuildResult, Plan, build, evaluate, plan
 from moqe.bundled import quickstart_recipe
 from moqe.doctor import doctor

@@ -297,8 +297,8 @@ def advise(
     as_json: Json = False,
 ) -> None:
     """Predict in minutes, from a sample, whether a mixture of specialists is worth building."""
-    from moqe.advise import advise as ask
-    from moqe.advise.page import advice_renderable
+    from moqe.advice import advise as ask
+    from moqe.advice.page import advice_renderable
 
     advice = ask(
         base,

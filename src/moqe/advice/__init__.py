@@ -8,7 +8,7 @@ scored on documents that none of them has seen. docs/advise.md says what is meas
 
 from __future__ import annotations
 
-from moqe.advise.advice import Advice, Range, Row, Sampled, WidthFacts
-from moqe.advise.run import advise
+from moqe.advice.advice import Advice, Range, Row, Sampled, WidthFacts
+from moqe.advice.run import advise
 
 __all__ = ["Advice", "Range", "Row", "Sampled", "WidthFacts", "advise"]

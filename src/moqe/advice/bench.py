@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from moqe.advise.budget import FULL, VALIDATION_WINDOWS, Clock, Schedule, plan
-from moqe.advise.codes import make_codes
-from moqe.advise.measurement import Scored, Width, base_losses, choice_divergence, pace, trained, untrained
-from moqe.advise.samples import AdviceSamples
+from moqe.advice.budget import FULL, VALIDATION_WINDOWS, Clock, Schedule, plan
+from moqe.advice.codes import make_codes
+from moqe.advice.measurement import Scored, Width, base_losses, choice_divergence, pace, trained, untrained
+from moqe.advice.samples import AdviceSamples
 from moqe.formats import open_expert, write_shared
 from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.methods.distill import Student, Targets, TrainingSet
@@ -55,9 +55,10 @@ class Bench:
         self._skeleton: nn.Module = open_shared(shared, shared / SHARED_TENSORS, device).model
         options = FULL.model_copy(update={"validation_windows": VALIDATION_WINDOWS})
         train, validation = validation_rows(calibration, options, seed)
-        targets = Targets.of(decoder, calibration.tokens, product_dtype(device, FULL.precision), progress)
+        dtype = product_dtype(device, FULL.precision)
+        targets = Targets.of(decoder, calibration.tokens, dtype, progress)
         self.data = TrainingSet(calibration.tokens, calibration.domain, targets, train, validation)
-        answers = Targets.of(decoder, scored.tokens, progress=progress)
+        answers = Targets.of(decoder, scored.tokens, dtype, progress)
         self.scored = Scored(
             scored.tokens,
             np.array(scored.domain),

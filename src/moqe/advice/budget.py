@@ -18,7 +18,8 @@ USABLE = 0.85  # of the time left is planned; timings on a busy machine are off 
 MOST_WINDOWS = (96, 48, 96)  # calibration, choice, judging
 LEAST_WINDOWS = (16, 12, 24)
 CALIBRATION_SHARE, SCORING_SHARE = 0.2, 0.25  # of the time, where there are more windows than that has room for
-VALIDATION_WINDOWS = 8
+VALIDATION_WINDOWS = 6
+TELLING_STEPS = 24
 _SCORES = 2.4  # forward passes of a scored window: the generalist's, its own specialist's, now and then another one's
 
 
@@ -84,12 +85,20 @@ def plan(
     score_seconds: float,
     steps: int | None = None,
 ) -> Schedule:
-    """The longest training that fits `widths` times into `seconds`, with fewer specialists where even the shortest
-    does not; the smallest schedule where nothing fits. steps: fixes the training, of all specialists.
+    """The longest training that fits `widths` times into `seconds`; the smallest schedule where nothing does.
+
+    Before a specialist gets fewer than TELLING_STEPS of its own, fewer are trained, down to two: too short a training
+    says little about a long one, while specialists resemble each other. steps: fixes the training, of all specialists.
     """
     if steps is not None:
         return Schedule(steps, 0, specialists)
-    tried = [Schedule(length, branch, count) for count in range(specialists, 0, -1) for length, branch in LADDER]
+    fewest = min(2, specialists)
+    counts = range(specialists, fewest - 1, -1)
+    telling = [one for one in LADDER if one[0] - one[1] >= TELLING_STEPS]
+    shorter = [one for one in LADDER if one not in telling]
+    tried = [Schedule(*length, count) for count in counts for length in telling]
+    tried += [Schedule(*length, fewest) for length in shorter]
+    tried.append(Schedule(*LADDER[-1], 1))
     for one in tried:
         if widths * one.seconds(step_seconds, score_seconds, windows) <= USABLE * seconds:
             return one

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ SCALE_BITS = 16
 WIDTHS = {
     found.weight_bits: found.name for found in SCHEMES.values() if not found.is_block and found.activation_bits == 16
 }
-CODE_SHARE = 0.35  # of the time may go into gptq; beyond that codes are rounded to nearest on searched grids
+CODE_SHARE = 0.35  # of the time may go into codes; beyond that their grids are not searched, a quarter of the work
+GPTQ, MINMAX, RTN = "gptq", "gptq-minmax", "rtn"
 
 
 def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
@@ -42,14 +42,15 @@ def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
 
 def expert_of(bits: int, method: str) -> Expert:
     """The generalist of a width: group 64, asymmetric. A layer that does not fit is rounded to nearest."""
-    options = {"rtn": {"grid": "searched"}} if method == "rtn" else {}
-    content = {"name": f"w{bits}", "method": method, "scheme": WIDTHS[bits], "group_size": GROUP_SIZE}
+    options = {"gptq": {"grid": "minmax"}} if method == MINMAX else {}
+    name = RTN if method == RTN else GPTQ
+    content = {"name": f"w{bits}", "method": name, "scheme": WIDTHS[bits], "group_size": GROUP_SIZE}
     return Expert.model_validate(content | {"symmetric": False, "on_unsupported": "rtn"} | options)
 
 
 def bits_per_weight(bits: int) -> float:
     """Stored bits per weight of codes, zero points and one set of scales."""
-    return check(expert_of(bits, "rtn")).bits_per_weight(GROUP_SIZE)
+    return check(expert_of(bits, RTN)).bits_per_weight(GROUP_SIZE)
 
 
 def scale_bits_per_weight() -> float:
@@ -79,26 +80,24 @@ def make_codes(
 
     8 bits and more are rounded to nearest, which loses nothing worth a search. seconds: of the whole advice.
     """
-    started = time.monotonic()
-    methods = {width: "gptq" if width < 8 else "rtn" for width in bits}
+    methods = {width: GPTQ if width < 8 else RTN for width in bits}
     cut = ""
     for block in calibrate(decoder, samples, progress=progress):
         before = time.monotonic()
         _write(decoder, block, methods, folder, shared)
         forecast = (time.monotonic() - before) * decoder.number_of_blocks
-        if block.index == 0 and forecast > CODE_SHARE * seconds and "gptq" in methods.values():
-            cut = f"codes: rtn on searched grids, because gptq would take {forecast / 60:.0f} minutes"
-            methods = dict.fromkeys(bits, "rtn")
+        if block.index == 0 and forecast > CODE_SHARE * seconds and GPTQ in methods.values():
+            cut = f"codes: gptq on min-max grids, because searching grids would take {forecast / 60:.1f} minutes"
+            methods = {width: MINMAX if method == GPTQ else method for width, method in methods.items()}
             shutil.rmtree(folder)
             _write(decoder, block, methods, folder, shared)
     for width in bits:
         _writer(decoder, width, folder, shared).finish()
-    logging.getLogger("moqe").info("codes of %d widths in %.0f s", len(bits), time.monotonic() - started)
     return Codes({width: folder / f"w{width}" for width in bits}, methods, cut)
 
 
 def _writer(decoder: Decoder, bits: int, folder: Path, shared: Path) -> CompressedTensorsWriter:
-    scheme = check(expert_of(bits, "rtn"))
+    scheme = check(expert_of(bits, RTN))
     return CompressedTensorsWriter(folder / f"w{bits}", decoder.folder, shared, scheme, decoder.number_of_blocks)
 
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moqe.advise.budget import FULL, VALIDATION_WINDOWS, Schedule
+from moqe.advice.budget import FULL, VALIDATION_WINDOWS, Schedule
 from moqe.evaluate.loss_table import Floats
 from moqe.methods.distill import Student, Targets, TrainingSet, distill, snapshot_path
+from moqe.models.device import mixed_precision
 from moqe.progress import Progress
 from moqe.recipe import OWN_WEIGHT
 
@@ -38,7 +39,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scored windows with the base's answers. base: its losses, (n,). targets: its hidden states, float32."""
+    """The scored windows with the base's answers. base: its losses, (n,). targets: its hidden states."""
 
     tokens: Tensor
     label: NDArray[np.str_]
@@ -68,9 +69,9 @@ class Width:
 
 
 def score(student: Student, targets: Targets, tokens: Tensor, rows: Sequence[int]) -> Scores:
-    """Score windows at `rows`, in float32. Arrays are as long as `tokens`, NaN elsewhere."""
+    """Score windows at `rows`, with products as in the targets. Arrays are as long as `tokens`, NaN elsewhere."""
     nats, divergence = np.full(len(tokens), np.nan), np.full(len(tokens), np.nan)
-    with torch.no_grad():
+    with torch.no_grad(), mixed_precision(targets.dtype, student.device):
         for part in torch.split(torch.tensor(list(rows), dtype=torch.int64), _ROWS):
             hidden = student.hidden(tokens[part][:, :-1])
             found = _token_scores(student, hidden, targets.hidden[part].to(hidden.device), tokens[part][:, 1:])
@@ -81,7 +82,7 @@ def score(student: Student, targets: Targets, tokens: Tensor, rows: Sequence[int
 def base_losses(student: Student, targets: Targets, tokens: Tensor) -> Floats:
     """The base's loss of every window, nats per token, from its hidden states and the head that experts share."""
     losses = []
-    with torch.no_grad():
+    with torch.no_grad(), mixed_precision(targets.dtype, student.device):
         for part in torch.split(torch.arange(len(tokens)), _ROWS):
             hidden = targets.hidden[part].to(student.device)
             losses.append(_token_scores(student, hidden, None, tokens[part][:, 1:])[0].mean(1).double().cpu())

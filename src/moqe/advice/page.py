@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moqe.advise.advice import Advice, Range, Row
+from moqe.advice.advice import Advice, Range, Row
 from moqe.evaluate import format as write
 from moqe.store import atomic, write_json
 

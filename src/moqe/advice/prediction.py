@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moqe.advise.advice import Range, Row
-from moqe.advise.codes import bits_per_weight, scale_bits_per_weight
-from moqe.advise.measurement import Scored, Width
+from moqe.advice.advice import Range, Row
+from moqe.advice.codes import bits_per_weight, scale_bits_per_weight
+from moqe.advice.measurement import Scored, Width
 from moqe.evaluate.loss_table import Floats
 from moqe.evaluate.significance import percentile_interval, resampled_ratios
 
@@ -100,7 +100,7 @@ class Predictor:
         storage_value, storage = float(saved(values[None])[0]), saved(resampled)
         ceiling = max(0.0, float(np.quantile(resampled[:, k], 0.975)))
         if trained:
-            most, extrapolated = self._factor(experts, trained)
+            most, extrapolated = self._factor(width, experts)
             gain = _widened(values[k + 1], resampled[:, k + 1], most, ceiling)
             label_gain = _widened(values[k + 2], resampled[:, k + 2], most, ceiling)
             measured = Range(*_around(values[k + 1], resampled[:, k + 1]))
@@ -144,14 +144,26 @@ class Predictor:
             labelled = np.where(scored.label == label, won, labelled)
         return routed, labelled
 
-    def _factor(self, experts: int, trained: int) -> tuple[float, tuple[str, ...]]:
-        """By what a measured gain may grow in a full build, and why."""
-        most, why = 1.0, []
-        if self.most > 1.0:
-            most, why = self.most, ["steps"]
-        if experts > trained + 1:  # at the most as much again with every doubling
-            most *= math.log(experts) / math.log(trained + 1)
+    def _factor(self, width: Width, experts: int) -> tuple[float, tuple[str, ...]]:
+        """By what a measured gain may grow in a full build of so many experts, and why.
+
+        Labels for which no specialist was trained win at most the same share of their divergence as those for which
+        one was. More experts than labels win at most as much again with every doubling.
+        """
+        most, why = self.most, ["steps"] * (self.most > 1.0)
+        divergence = {
+            label: float(width.generalist.divergence[self.scored.judging & (self.scored.label == label)].sum())
+            for label in set(self.scored.label.tolist())
+        }
+        covered = sum(divergence.get(label, 0.0) for label in width.specialists)
+        others = sorted((value for label, value in divergence.items() if label not in width.specialists), reverse=True)
+        further = experts - 1 - len(width.specialists)
+        if further > 0 and covered > 0:
+            most *= 1.0 + sum(others[:further]) / covered
             why.append("experts")
+        labels = len(width.specialists) + len(others)
+        if experts - 1 > labels:
+            most *= math.log(experts) / math.log(labels + 1)
         return most, tuple(why)
 
     def _resampled(self, columns: Floats) -> tuple[Floats, Floats]:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from moqe.advise.advice import Advice, Sampled, WidthFacts, advise_sentence
-from moqe.advise.bench import Bench
-from moqe.advise.budget import FULL, FULL_OWN, MOST_WINDOWS, Clock, affordable_windows, described_cuts
-from moqe.advise.codes import GROUP_SIZE, SCALE_BITS, bits_per_weight, check_bits, expert_of
-from moqe.advise.page import write_advice
-from moqe.advise.prediction import Predictor, Size, doublings, growth_of
-from moqe.advise.samples import (
+from moqe.advice.advice import Advice, Sampled, WidthFacts, advise_sentence
+from moqe.advice.bench import Bench
+from moqe.advice.budget import FULL, FULL_OWN, MOST_WINDOWS, Clock, affordable_windows, described_cuts
+from moqe.advice.codes import GROUP_SIZE, RTN, SCALE_BITS, bits_per_weight, check_bits, expert_of
+from moqe.advice.page import write_advice
+from moqe.advice.prediction import Predictor, Size, doublings, growth_of
+from moqe.advice.samples import (
     AdviceSamples,
     clustered,
     parse_source,
@@ -178,4 +178,4 @@ def _sizes(decoder: Decoder, bits: Sequence[int]) -> dict[int, Size]:
     shape = measure_shape(decoder)
     outside = shape.other_parameters * shape.stored_bytes
     scales = shape.linear_weights * SCALE_BITS / GROUP_SIZE / 8
-    return {width: Size(expert_block_bytes(shape, check(expert_of(width, "rtn"))) + outside, scales) for width in bits}
+    return {width: Size(expert_block_bytes(shape, check(expert_of(width, RTN))) + outside, scales) for width in bits}

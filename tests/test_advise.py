@@ -1,0 +1,348 @@
+"""Advice: what time allows, what is predicted from measured losses, and the whole on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import WORDS
+
+import moqe
+from moqe import cli
+from moqe.advice import Advice, Range, Row
+from moqe.advice.advice import advise_sentence
+from moqe.advice.budget import FULL, FULL_OWN, LEAST_WINDOWS, MOST_WINDOWS, Schedule, affordable_windows, plan
+from moqe.advice.codes import bits_per_weight
+from moqe.advice.measurement import Scored, Scores, Width
+from moqe.advice.prediction import Predictor, Size, doublings, gap_at, growth_of
+from moqe.advice.samples import parse_source, read_samples
+from moqe.errors import DataError, RecipeError
+from moqe.methods.distill import Targets
+from moqe.progress import Silent
+
+QUICK: dict[str, Any] = {"bits": [2, 8], "experts": [2, 3, 8], "window": 24, "steps": 4}
+
+
+def write_documents(path: Path, vocabulary: tuple[str, ...], count: int, seed: str, words: int = 60) -> None:
+    source = random.Random(seed)
+    lines = [json.dumps({"text": " ".join(source.choices(vocabulary, k=words))}) for _ in range(count)]
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two domains with words of their own, as the command line takes them."""
+    folder = tmp_path_factory.mktemp("advice")
+    for domain in ("code", "prose"):
+        write_documents(folder / f"{domain}.jsonl", WORDS[domain], 12, domain)
+    return [f"{folder / domain}.jsonl={domain}" for domain in ("code", "prose")]
+
+
+@pytest.fixture(scope="module")
+def found(loud_base: Path, domains: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Advice, Path]:
+    """Advice, and the folder it was written to."""
+    out = tmp_path_factory.mktemp("out")
+    return moqe.advise(str(loud_base), domains, out=out, **QUICK), out
+
+
+# The whole
+
+
+def test_advice_has_a_row_per_width_and_size(found: tuple[Advice, Path]) -> None:
+    advice, _ = found
+    assert [(row.bits, row.experts) for row in advice.rows] == [(b, n) for b in (2, 8) for n in (2, 3, 8)]
+    assert [width.bits for width in advice.widths] == [2, 8]
+    assert all(row.gain.low <= row.gain.value <= row.gain.high for row in advice.rows)
+    ratios = [row.memory_ratio for row in advice.rows if row.bits == 2]
+    assert ratios == sorted(ratios)
+    assert ratios[0] < 1.2
+    assert {row.extrapolated for row in advice.rows if row.bits == 2} <= {
+        ("steps",),
+        ("steps", "experts"),
+        ("experts",),
+        (),
+    }
+    assert advice.sampled.labels == ("code", "prose")
+    assert advice.sampled.router_accuracy > 0.9
+    assert set(advice.seconds) == {"read", "codes", "base", "measure", "predict"}
+    assert any("distillation: 4 steps" in cut for cut in advice.cut)
+
+
+def test_nothing_is_trained_where_there_is_nothing_to_win(found: tuple[Advice, Path]) -> None:
+    advice, _ = found
+    two, eight = advice.widths
+    assert (two.steps, two.method) == (4, "gptq")
+    assert (eight.steps, eight.method) == (0, "rtn")
+    assert eight.divergence < two.divergence
+    assert all(row.gain.value == 0 and not row.pays_by_bandwidth for row in advice.rows if row.bits == 8)
+
+
+def test_files_hold_what_was_returned(found: tuple[Advice, Path]) -> None:
+    advice, out = found
+    assert json.loads((out / "advice.json").read_text()) == json.loads(json.dumps(asdict(advice)))
+    assert (out / "advice.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in out.iterdir()} == {"advice.json", "advice.png"}
+
+
+def test_the_command_prints_json_and_a_table(
+    loud_base: Path, found: tuple[Advice, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def answer(base: str, data: list[str], **options: Any) -> Advice:
+        asked.update(options, base=base, data=data)
+        return found[0]
+
+    monkeypatch.setattr("moqe.advice.advise", answer)
+    monkeypatch.setenv("COLUMNS", "120")
+    words = ["moqe", "advise", str(loud_base), "--data", "a=x", "b=y", "--bits", "2", "8", "--experts", "2", "--json"]
+    monkeypatch.setattr(sys, "argv", words)
+    cli.main()
+    content = json.loads(capsys.readouterr().out)
+    assert (asked["data"], asked["bits"], asked["experts"]) == (["a=x", "b=y"], [2, 8], [2])
+    assert {"sentence", "pays_by_bandwidth", "pays_by_storage", "rows", "widths", "sampled", "cut"} <= set(content)
+    assert {"bits", "experts", "memory_ratio", "gain", "storage_gain", "bandwidth_gain"} <= set(content["rows"][0])
+    assert set(content["rows"][0]["gain"]) == {"low", "value", "high"}
+    monkeypatch.setattr(sys, "argv", [word for word in words if word != "--json"])
+    cli.main()
+    said = capsys.readouterr().out
+    assert "For want of time" in said
+    assert found[0].sentence[:40] in said
+
+
+def test_equal_domains_are_not_worth_it(loud_base: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_documents(tmp_path / f"{name}.jsonl", WORDS["prose"], 12, name)
+    data = [f"{tmp_path / name}.jsonl={name}" for name in ("one", "two")]
+    advice = moqe.advise(str(loud_base), data, bits=[3], experts=[3], window=24, steps=4)
+    assert not advice.pays_by_bandwidth
+    assert not advice.pays_by_storage
+    assert advice.sentence.startswith("Not worth it here")
+
+
+def test_one_domain_is_told_apart_by_clusters_and_a_seed_repeats_itself(loud_base: Path, domains: list[str]) -> None:
+    data = [source.partition("=")[0] + "=all" for source in domains]
+    options: dict[str, Any] = {"bits": [2], "experts": [3], "window": 24, "steps": 2, "seed": 3}
+    first, second = (moqe.advise(str(loud_base), data, **options) for _ in range(2))
+    assert first.sampled.clusters
+    assert first.sampled.labels[0].startswith("cluster-")
+    assert replace(first, seconds={}) == replace(second, seconds={})
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bits": [5]}, "no integer scheme has 5 bits: choose from 2, 3, 4, 8"),
+        ({"bits": []}, "no bits"),
+        ({"experts": [1]}, "2 experts or more"),
+        ({"minutes": 0}, "minutes must be above 0"),
+        ({"window": 8}, "window must be 16"),
+        ({"steps": 1}, "steps must be 2 or more"),
+    ],
+)
+def test_options_that_cannot_be(loud_base: Path, domains: list[str], change: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        moqe.advise(str(loud_base), domains, **(QUICK | change))
+
+
+def test_too_few_documents(loud_base: Path, tmp_path: Path) -> None:
+    write_documents(tmp_path / "few.jsonl", WORDS["prose"], 5, "few")
+    with pytest.raises(DataError, match="'few' has 5 documents, and advice needs 6"):
+        moqe.advise(str(loud_base), [f"{tmp_path / 'few.jsonl'}=few"], **QUICK)
+    write_documents(tmp_path / "some.jsonl", WORDS["prose"], 6, "some")
+    with pytest.raises(DataError, match="2 documents to judge on are too few"):
+        moqe.advise(str(loud_base), [f"{tmp_path / 'some.jsonl'}=some"], **QUICK)
+    with pytest.raises(DataError, match="shorter window"):
+        moqe.advise(str(loud_base), [f"{tmp_path / 'some.jsonl'}=some"], **(QUICK | {"window": 2000}))
+    with pytest.raises(RecipeError, match="no data"):
+        moqe.advise(str(loud_base), [], **QUICK)
+
+
+def test_a_source_is_a_path_and_perhaps_a_domain(tmp_path: Path) -> None:
+    assert parse_source("a/b.jsonl=code").label == "code"
+    assert parse_source("a/b.jsonl").label == "a/b.jsonl"
+    (tmp_path / "a=b.txt").write_text("x")
+    assert parse_source(str(tmp_path / "a=b.txt")).path == str(tmp_path / "a=b.txt")
+
+
+def test_roles_share_no_document(loud_base: Path, domains: list[str]) -> None:
+    from moqe.models.decoder import Decoder
+
+    sources = [parse_source(source) for source in domains]
+    samples = read_samples(sources, Decoder.open(str(loud_base)).tokenizer, 24, MOST_WINDOWS, 0, Silent())
+    roles = [set(part.document) for part in (samples.calibration, samples.choice, samples.judging)]
+    assert all(roles)
+    assert not roles[0] & roles[1]
+    assert not roles[0] & roles[2]
+    assert not roles[1] & roles[2]
+    assert samples.scored.document == samples.choice.document + samples.judging.document
+
+
+# What time allows
+
+
+def test_with_time_enough_the_training_is_a_build_s() -> None:
+    assert plan(1e9, 3, 5, 100, 1.0, 1.0) == Schedule(FULL.steps, FULL.branch_after, 5)
+    assert not Schedule(FULL.steps, FULL.branch_after, 5).extrapolates
+    assert doublings(FULL_OWN, FULL_OWN) == 0
+
+
+@pytest.mark.parametrize("seconds", [1.0, 100.0, 300.0, 1000.0, 5000.0])
+def test_a_plan_fits_or_is_the_smallest(seconds: float) -> None:
+    found = plan(seconds, 3, 5, 40, 0.5, 0.1)
+    fits = 3 * found.seconds(0.5, 0.1, 40) <= seconds
+    assert fits or (found.steps, found.specialists) == (8, 1)
+
+
+def test_more_time_never_trains_less() -> None:
+    plans = [plan(seconds, 3, 5, 40, 0.5, 0.1) for seconds in range(50, 3000, 50)]
+    own = [one.own_steps * one.specialists for one in plans]
+    assert own[0] < own[-1]
+    assert [one.steps for one in plans] == sorted(one.steps for one in plans) or own == sorted(own)
+    assert plan(0.1, 1, 1, 10, 1.0, 1.0, steps=7) == Schedule(7, 0, 1)
+
+
+def test_windows_follow_the_time() -> None:
+    assert affordable_windows(1e9, 0.1, 3, (500, 500, 500)) == MOST_WINDOWS
+    assert affordable_windows(1.0, 10.0, 3, (500, 500, 500)) == LEAST_WINDOWS
+    assert affordable_windows(1e9, 0.1, 3, (5, 6, 7)) == (5, 6, 7)
+
+
+# Prediction
+
+
+POINTS = np.array([bits_per_weight(bits) for bits in (3, 4, 8)])
+
+
+def test_the_gap_between_widths_is_log_linear_and_goes_on_beyond() -> None:
+    gaps = np.array([[0.4, 0.1, 0.001]])
+    assert gap_at(POINTS, gaps, POINTS[1])[0] == pytest.approx(0.1)
+    middle = float(gap_at(POINTS, gaps, (POINTS[0] + POINTS[1]) / 2)[0])
+    assert middle == pytest.approx(math.sqrt(0.4 * 0.1))
+    assert gap_at(POINTS, gaps, POINTS[2] + 1)[0] < 0.001
+    assert gap_at(POINTS[:1], gaps[:, :1], POINTS[0] + 1)[0] == pytest.approx(0.1)  # a quarter of the power per bit
+
+
+def made_scores(nats: np.ndarray, divergence: np.ndarray) -> Scores:
+    return Scores(nats, divergence)
+
+
+def measured(
+    gain: float, noise: float, *, specialists: int = 2, growth: float = math.nan
+) -> tuple[list[Width], Scored]:
+    """Losses of 120 windows in 60 documents and two labels, whose specialists gain `gain` nats at 4 bits."""
+    generator = np.random.default_rng(0)
+    n = 120
+    label = np.array(["a", "b"] * (n // 2))
+    base = generator.uniform(2, 4, n)
+    widths = []
+    for bits, gap in ((3, 0.4), (4, 0.1), (8, 0.001)):
+        nats = base + gap + generator.normal(0, noise, n)
+        special = {}
+        if bits == 4:
+            for name in ("a", "b")[:specialists]:
+                won = gain + generator.normal(0, noise, n)
+                mine = label == name
+                special[name] = made_scores(np.where(mine, nats - won, np.nan), np.where(mine, gap - gain, np.nan))
+        widths.append(Width(bits, "gptq", gap, made_scores(nats, np.full(n, gap)), special, 48, growth))
+    document = np.array([f"d{index // 2}" for index in range(n)])
+    targets = Targets(torch.empty(0), torch.float32)
+    judging = np.arange(n) >= 40
+    return widths, Scored(torch.zeros(n, 4), label, label, document, judging, targets, base)
+
+
+def predictor(widths: list[Width], scored: Scored, *, growth: float = 1.0, own: float = 0.0) -> Predictor:
+    return Predictor(widths, scored, {bits: Size(1000.0, 60.0) for bits in (3, 4, 8)}, growth, own, 0)
+
+
+def test_a_gain_is_found_and_set_beside_one_model_of_the_same_storage() -> None:
+    widths, scored = measured(0.05, 0.005)
+    row = predictor(widths, scored).row(widths[1], 3)
+    assert row.gain.value == pytest.approx(0.05, abs=0.003)
+    assert row.gain.above_zero
+    assert row.memory_ratio == pytest.approx(1.12)
+    left = float(gap_at(POINTS, np.array([[0.4, 0.1, 0.001]]), POINTS[1] + 0.5)[0])
+    assert row.storage_gain.value == pytest.approx(0.1 - left, abs=0.003)
+    assert row.beyond_storage.value == pytest.approx(row.gain.value - row.storage_gain.value)
+    assert row.extrapolated == ()
+    assert row.pays_by_bandwidth
+
+
+@pytest.mark.parametrize(
+    ("gain", "bandwidth", "storage"), [(0.08, True, True), (0.02, True, False), (0.0, False, False)]
+)
+def test_by_which_view_a_mixture_pays(gain: float, bandwidth: bool, storage: bool) -> None:
+    widths, scored = measured(gain, 0.005)
+    row = predictor(widths, scored).row(widths[1], 3)
+    assert (row.pays_by_bandwidth, row.pays_by_storage) == (bandwidth, storage)
+    said = advise_sentence((row,))
+    assert said.startswith("Worth it" if bandwidth else "Not worth it here")
+    assert ("by storage and by bytes read" in said) == storage
+    assert ("Not worth it where storage is the limit" in said) == (bandwidth and not storage)
+
+
+def test_fewer_experts_keep_the_specialists_that_help_most() -> None:
+    widths, scored = measured(0.05, 0.005)
+    found = predictor(widths, scored)
+    two, three = found.row(widths[1], 2), found.row(widths[1], 3)
+    assert two.gain.value == pytest.approx(three.gain.value / 2, abs=0.003)
+    assert two.extrapolated == three.extrapolated == ()
+
+
+def test_extrapolation_widens_upwards_and_never_beyond_the_gap() -> None:
+    widths, scored = measured(0.02, 0.002)
+    plain = predictor(widths, scored).row(widths[1], 3).gain
+    longer = predictor(widths, scored, growth=1.4, own=2.0).row(widths[1], 3)
+    assert longer.extrapolated == ("steps",)
+    assert longer.gain.low == plain.low
+    assert longer.gain.value == pytest.approx(plain.value * 1.4)
+    assert longer.gain.high == pytest.approx(plain.high * 1.4**2)
+    assert predictor(widths, scored, growth=2.0, own=9.0).row(widths[1], 3).gain.high < 0.105
+    more = predictor(widths, scored).row(widths[1], 9)
+    assert more.extrapolated == ("experts",)
+    assert more.gain.high == pytest.approx(plain.high * math.log(9) / math.log(3))
+
+
+def test_a_label_without_a_specialist_is_extrapolated_by_its_divergence() -> None:
+    widths, scored = measured(0.02, 0.002, specialists=1)
+    found = predictor(widths, scored)
+    one, both = found.row(widths[1], 2), found.row(widths[1], 3)
+    assert one.extrapolated == ()
+    assert both.extrapolated == ("experts",)
+    assert both.gain.high == pytest.approx(2 * one.gain.high, rel=1e-3)
+    assert both.measured_gain == one.measured_gain
+
+
+def test_a_specialist_that_the_choice_windows_do_not_like_is_not_asked() -> None:
+    widths, scored = measured(-0.02, 0.002)
+    row = predictor(widths, scored).row(widths[1], 3)
+    assert row.gain.value == 0
+    assert row.label_gain.value < 0
+
+
+def test_growth_is_the_median_over_widths_within_bounds() -> None:
+    widths = [measured(0.02, 0.002, growth=growth)[0][1] for growth in (1.2, 1.5, 9.0, math.nan)]
+    assert growth_of(widths) == 1.5
+    assert growth_of(widths[2:3]) == 2.0
+    assert growth_of(widths[3:]) == 1.0
+    assert growth_of([replace(widths[0], growth=0.3)]) == 1.0
+
+
+def test_the_sentence_names_the_widths_of_each_view() -> None:
+    zero, gain, less = Range(0, 0, 0), Range(0.01, 0.02, 0.03), Range(-0.03, -0.02, -0.01)
+    base = Row(2, 4, 1.2, gain, gain, gain, gain, 0.0, gain, ())
+    rows = (base, replace(base, bits=3), replace(base, bits=4, beyond_storage=less), replace(base, bits=8, gain=zero))
+    said = advise_sentence(rows)
+    assert said.startswith("Worth it at 2 and 3 bits")
+    assert said.endswith("At 4 bits only where bytes read per token are the limit.")
