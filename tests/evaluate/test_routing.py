@@ -70,7 +70,7 @@ def test_from_losses_to_a_verdict(simulated_images: Images, quiet: Silent) -> No
     assert found.wins
     assert 1.0 <= found.cost <= 1.25
     plain = answer(test.tables, features_of(test), fitted.routers)
-    assert set(plain.outcomes) == {"mixture", "paper", "tuned", "constant", "linear", "knn"}
+    assert set(plain.outcomes) == {"mixture", "paper", "tuned", "constant", "linear", "knn", "logistic"}
     assert np.array_equal(plain.outcomes["mixture"].asked, answers.outcomes["route"].asked)
 
 
@@ -149,7 +149,7 @@ def test_a_generalist_is_what_everything_falls_back_to(simulated: Callable[..., 
     assert fitted.selection["generalist"] == "gptq"
     assert fitted.selection["paper"]["novelty"] is None
     assert 0.0 <= fitted.selection["tuned"]["novelty"]["novel"] < 0.1
-    for name in ("mixture", "unguarded", "tuned", "linear", "knn"):
+    for name in ("mixture", "unguarded", "tuned", "linear", "knn", "logistic"):
         assert set(choose(fitted.routers[name].predict(strange)).tolist()) == {1}, name
         assert len(set(choose(fitted.routers[name].predict(validation.features)).tolist())) == 3, name
     today = fit_routers(train, validation, Router(epochs=1), "image", 0, quiet)

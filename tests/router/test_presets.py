@@ -24,6 +24,7 @@ from moqe.router import presets as module
 from moqe.router.baselines import Constant
 from moqe.router.guard import GuardDecision
 from moqe.router.network_router import NetworkRouter
+from moqe.router.selection import better
 from moqe.router.uncertainty import ClusteredMean
 
 
@@ -89,10 +90,11 @@ def test_tuned_finds_a_planted_signal_and_says_what_it_compared(planted):
     train, validation, test = planted(96, 0.2, 1), planted(32, 0.2, 2), planted(120, 0.2, 3)
     progress = Recorder()
     fitted = fit_tuned(Options(epochs=4), train, validation, 0, progress=progress)
-    names = ["linear", "knn", "network-cross_entropy", "network-expected_loss", "network-centred_regression"]
+    networks = ["network-cross_entropy", "network-expected_loss", "network-centred_regression"]
+    names = ["linear", "knn", "logistic", *networks]
     assert [candidate.name for candidate in fitted.candidates] == names
-    assert {candidate.compared for candidate in fitted.candidates} == {5}
-    assert progress.steps == {"compare routers": [20, 20]}
+    assert {candidate.compared for candidate in fitted.candidates} == {6}
+    assert progress.steps == {"compare routers": [24, 24]}
     assert fitted.chosen == min(fitted.candidates, key=lambda candidate: candidate.loss).name
     assert fitted.guard is not None
     assert fitted.guard.kept
@@ -100,6 +102,57 @@ def test_tuned_finds_a_planted_signal_and_says_what_it_compared(planted):
     described = json.loads(json.dumps(fitted.to_json(), allow_nan=False))
     assert [row["name"] for row in described["candidates"]] == names
     assert described["guard"]["gain"]["documents"] == 32
+
+
+class Knowing:
+    """A stand-in for the paper's router: it sees the losses themselves, blurred by noise."""
+
+    name, unit = "paper", "logit"
+
+    def __init__(self, examples: RoutingExamples, noise: float) -> None:
+        self.costs = examples.losses + noise * torch.randn(examples.losses.shape, generator=torch.manual_seed(0))
+
+    def predict(self, features) -> torch.Tensor:
+        return self.costs
+
+
+def test_the_papers_router_is_taken_where_it_beats_the_winner_on_validation(planted):
+    train, validation = planted(96, 0.15, 1, noise=0.1), planted(48, 0.15, 2, noise=0.1)
+    options = Options(epochs=1)
+    taken = fit_tuned(options, train, validation, 0, paper=Knowing(validation, 0.0))
+    assert taken.chosen == "paper"
+    assert isinstance(taken.unguarded, Knowing)
+    assert taken.unseen.rows.tolist() == list(range(96, 144))
+    assert [candidate.name for candidate in taken.candidates][-1] == "paper"
+    assert {candidate.compared for candidate in taken.candidates} == {7}
+    assert taken.candidates[-1].gain.documents == 12
+    assert taken.guard is not None
+    realised = validation.losses.gather(1, taken.unseen.choice[:, None])[:, 0]
+    gain = validation.losses[:, taken.guard.fallback] - realised
+    assert float(gain.mean()) == pytest.approx(taken.guard.gain.value, abs=1e-6)
+    refused = fit_tuned(options, train, validation, 0, paper=Knowing(validation, 9.0))
+    assert refused.chosen != "paper"
+    assert refused.unseen.rows.tolist() == list(range(144))
+    assert not refused.candidates[-1].wins
+    alone = fit_tuned(
+        Options(objective="expected_loss", epochs=1), train, validation, 0, paper=Knowing(validation, 0.0)
+    )
+    assert [candidate.name for candidate in alone.candidates] == ["network-expected_loss"]
+
+
+def test_the_papers_router_is_taken_where_no_candidate_wins(planted):
+    train, validation = planted(96, 0.0, 1), planted(48, 0.0, 2)
+    fitted = fit_tuned(Options(epochs=1, guard=False), train, validation, 0, paper=Knowing(validation, 0.0))
+    assert fitted.chosen == "paper"
+    assert torch.equal(fitted.unseen.choice, validation.losses.argmin(1))
+
+
+def test_better_asks_for_more_than_the_error_of_the_difference(planted):
+    examples = planted(48, 0.1, 1)
+    assert better(examples.losses, -examples.losses, examples)
+    assert not better(examples.losses, examples.losses, examples)
+    noise = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    assert not better(noise, -noise, examples)
 
 
 def test_tuned_is_constant_where_nothing_can_be_learnt(planted):
@@ -196,7 +249,7 @@ def test_the_papers_numbers_for_images():
 def test_tuned_finds_a_planted_signal_in_vectors(tmp_path):
     train, validation, test = images(192, 0.2, 1), images(64, 0.2, 2), images(200, 0.2, 3)
     fitted = fit_tuned(Options(epochs=1), train, validation, 0, "image")
-    assert len(fitted.candidates) == 5
+    assert len(fitted.candidates) == 6
     assert realised(fitted.router, test) < float(test.losses[:, validation.best_single].mean()) - 0.05
     options = Options(objective="expected_loss", epochs=8, learning_rate=1e-2)
     network = fit_tuned(options, train, validation, 0, "image").unguarded

@@ -20,7 +20,7 @@ def routers(planted):
     return baselines | {"paper": network, "guarded": GuardedRouter(baselines["linear"], 2, 0.0123)}
 
 
-@pytest.mark.parametrize("name", ["constant", "random", "uniform", "linear", "knn", "paper", "guarded"])
+@pytest.mark.parametrize("name", ["constant", "random", "uniform", "linear", "knn", "logistic", "paper", "guarded"])
 def test_a_saved_router_predicts_the_same_and_has_the_same_bytes(routers, planted, tmp_path, name):
     router, test = routers[name], planted(30, 0.1, 3)
     save_router(router, tmp_path / "one")

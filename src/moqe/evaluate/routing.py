@@ -41,7 +41,7 @@ from moqe.router.cascade import FEWEST_UNSEEN
 log = logging.getLogger("moqe")
 
 UNGUARDED = "unguarded"  # the deployed router before its guard: what the routing curve is drawn from
-SHOWN_BASELINES = ("constant", "linear", "knn")
+SHOWN_BASELINES = ("constant", "linear", "knn", "logistic")
 ROUTERS = (MIXTURE, UNGUARDED, "paper", "tuned", *SHOWN_BASELINES)
 JUDGING_STEPS = len(ROUTERS)  # that `answer` tells of
 
@@ -100,7 +100,7 @@ def fit_routers(
     """
     examples, unseen = train.examples, validation.examples
     paper = fit_paper(options, examples, unseen, seed, modality, progress, fallback)
-    tuned = fit_tuned(options, examples, unseen, seed, modality, progress, fallback)
+    tuned = fit_tuned(options, examples, unseen, seed, modality, progress, fallback, paper.unguarded)
     deployed = paper if options.preset == "paper" else tuned
     with progress.track("fit baselines", 1) as advance:
         baselines = fit_baselines(examples, unseen, seed)

@@ -18,6 +18,7 @@ from moqe.router.baselines import Constant, Random, Uniform
 from moqe.router.guard import GuardedRouter
 from moqe.router.knn import Knn
 from moqe.router.linear import Linear
+from moqe.router.logistic import Logistic
 from moqe.router.network_router import NetworkRouter
 from moqe.router.novelty import Novelty, NoveltyRouter
 from moqe.router.router import Router, SavableRouter
@@ -34,6 +35,7 @@ ROUTERS: dict[str, type[SavableRouter]] = {
     "uniform": Uniform,
     "linear": Linear,
     "knn": Knn,
+    "logistic": Logistic,
     "network": NetworkRouter,
 }
 
@@ -42,7 +44,7 @@ def save_router(router: Router, folder: Path) -> None:
     """Write a router into `folder`. Raises CheckpointError for a router of a class that ROUTERS does not list."""
     within = router.router if isinstance(router, GuardedRouter) else router
     inner = within.router if isinstance(within, NoveltyRouter) else within
-    if not isinstance(inner, Constant | Random | Uniform | Linear | Knn | NetworkRouter):
+    if not isinstance(inner, Constant | Random | Uniform | Linear | Knn | Logistic | NetworkRouter):
         raise CheckpointError(f"a router of class {type(inner).__name__} cannot be saved; known: {', '.join(ROUTERS)}")
     tensors = inner.tensors()
     if isinstance(within, NoveltyRouter):
