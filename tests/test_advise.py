@@ -234,10 +234,6 @@ def test_the_gap_between_widths_is_log_linear_and_goes_on_beyond() -> None:
     assert gap_at(POINTS[:1], gaps[:, :1], POINTS[0] + 1)[0] == pytest.approx(0.1)  # a quarter of the power per bit
 
 
-def made_scores(nats: np.ndarray, divergence: np.ndarray) -> Scores:
-    return Scores(nats, divergence)
-
-
 def measured(
     gain: float, noise: float, *, specialists: int = 2, growth: float = math.nan
 ) -> tuple[list[Width], Scored]:
@@ -254,8 +250,10 @@ def measured(
             for name in ("a", "b")[:specialists]:
                 won = gain + generator.normal(0, noise, n)
                 mine = label == name
-                special[name] = made_scores(np.where(mine, nats - won, np.nan), np.where(mine, gap - gain, np.nan))
-        widths.append(Width(bits, "gptq", gap, made_scores(nats, np.full(n, gap)), special, 48, growth))
+                special[name] = Scores(
+                    np.where(mine, nats - won, np.nan), np.where(mine, gap - gain + 0.1 * (gain - won), np.nan)
+                )
+        widths.append(Width(bits, "gptq", gap, Scores(nats, np.full(n, gap)), special, 48, growth))
     document = np.array([f"d{index // 2}" for index in range(n)])
     targets = Targets(torch.empty(0), torch.float32)
     judging = np.arange(n) >= 40
@@ -339,9 +337,19 @@ def test_growth_is_the_median_over_widths_within_bounds() -> None:
     assert growth_of([replace(widths[0], growth=0.3)]) == 1.0
 
 
+def test_a_gain_that_losses_contradict_or_that_is_not_worth_mentioning_does_not_pay() -> None:
+    gain, small = Range(0.01, 0.02, 0.03), Range(0.0001, 0.0002, 0.0003)
+    row = Row(4, 4, 1.2, gain, gain, gain, gain, small, 0.0, gain, ())
+    assert row.pays_by_bandwidth
+    assert row.pays_by_storage
+    assert not replace(row, loss_gain=Range(-0.02, -0.01, -0.005)).pays_by_bandwidth
+    assert not replace(row, gain=small).pays_by_bandwidth
+    assert not replace(row, gain=replace(gain, low=0.0)).pays_by_storage
+
+
 def test_the_sentence_names_the_widths_of_each_view() -> None:
     zero, gain, less = Range(0, 0, 0), Range(0.01, 0.02, 0.03), Range(-0.03, -0.02, -0.01)
-    base = Row(2, 4, 1.2, gain, gain, gain, gain, 0.0, gain, ())
+    base = Row(2, 4, 1.2, gain, gain, gain, gain, gain, 0.0, gain, ())
     rows = (base, replace(base, bits=3), replace(base, bits=4, beyond_storage=less), replace(base, bits=8, gain=zero))
     said = advise_sentence(rows)
     assert said.startswith("Worth it at 2 and 3 bits")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+WORTH = 0.002  # nats per token, 0.2 % of perplexity: what less gains is not worth a router
+
 
 @dataclass(frozen=True)
 class Range:
@@ -24,11 +26,12 @@ class Range:
 class Row:
     """`experts` of one width that share codes, the generalist among them, against the distilled generalist alone.
 
-    memory_ratio: bytes of the mixture's model over those of one expert's. gain: by a linear router, for a full build.
-    label_gain: the same where every window gets the specialist of its own label. measured_gain: what was measured,
-    before anything was extrapolated. storage_gain: what one model of the mixture's bytes would gain. bandwidth_gain:
-    what one model would gain that reads as many bytes per token. beyond_storage: gain minus storage_gain, paired.
-    extrapolated: from which quantities, `steps`, `experts`; empty where a row is measured as it stands.
+    memory_ratio: bytes of the mixture's model over those of one expert's. gain: of divergence from the base, by a
+    linear router, for a full build. label_gain: the same where every window gets the specialist of its own label.
+    measured_gain: what was measured, before anything was extrapolated; loss_gain: the same in loss under the tokens
+    that came. storage_gain: what one model of the mixture's bytes would gain. bandwidth_gain: what one model would gain
+    that reads as many bytes per token. beyond_storage: gain minus storage_gain, paired. extrapolated: over which
+    quantities, `steps`, `experts`; empty where a row is measured as it stands.
     """
 
     bits: int
@@ -37,6 +40,7 @@ class Row:
     gain: Range
     label_gain: Range
     measured_gain: Range
+    loss_gain: Range
     storage_gain: Range
     bandwidth_gain: float
     beyond_storage: Range
@@ -44,13 +48,17 @@ class Row:
 
     @property
     def pays_by_bandwidth(self) -> bool:
-        """Whether the mixture beats every single model that reads as many bytes per token."""
-        return self.gain.above_zero and self.gain.value > self.bandwidth_gain
+        """Whether the mixture beats every single model that reads as many bytes per token.
+
+        Its gain must be worth mentioning, all of its range above zero, and the losses must not contradict it.
+        """
+        beaten = self.gain.above_zero and self.gain.value > self.bandwidth_gain
+        return beaten and self.gain.value >= WORTH and self.loss_gain.high > 0
 
     @property
     def pays_by_storage(self) -> bool:
         """Whether it also beats one model of as many bytes."""
-        return self.gain.above_zero and self.beyond_storage.above_zero
+        return self.pays_by_bandwidth and self.beyond_storage.above_zero
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,8 @@ def advise_sentence(rows: tuple[Row, ...]) -> str:
     if not by_bandwidth:
         most = max(rows, key=lambda row: row.gain.high)
         return (
-            "Not worth it here: at no width does the predicted gain stand clear of zero; the most that these numbers "
-            f"leave room for is {most.gain.high:.4f} nats per token at {most.bits} bits with {most.experts} experts."
+            f"Not worth it here: no predicted gain stands clear of zero and reaches {WORTH} nats per token; the most "
+            f"these numbers leave room for is {most.gain.high:.4f} at {most.bits} bits with {most.experts} experts."
         )
     if by_storage:
         best = max(by_storage, key=lambda row: row.gain.value)

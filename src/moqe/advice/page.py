@@ -47,7 +47,16 @@ def _table(title: str) -> Table:
 
 def _single_table(advice: Advice) -> Table:
     table = _table("One model, nats per token")
-    for title in ("bits", "bits per\nweight", "method", "loss", "gap to\nthe base", "95 %\ninterval", "steps"):
+    for title in (
+        "bits",
+        "bits per\nweight",
+        "method",
+        "loss",
+        "gap to\nthe base",
+        "95 %\ninterval",
+        "divergence",
+        "steps",
+    ):
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for width in advice.widths:
         table.add_row(
@@ -57,15 +66,26 @@ def _single_table(advice: Advice) -> Table:
             write.number(width.loss),
             write.number(width.gap.value),
             _bounds(width.gap),
+            write.number(width.divergence),
             str(width.steps),
         )
-    table.add_row("base", "", "", write.number(advice.base_loss), "", "", "")
+    table.add_row("base", "", "", write.number(advice.base_loss), "", "", "", "")
     return table
 
 
 def _mixture_table(advice: Advice) -> Table:
     table = _table("Specialists that share codes: predicted gain over one expert, nats per token")
-    titles = ("bits", "experts", "memory", "gain", "from to", "by label", "same storage", "same bytes\nread")
+    titles = (
+        "bits",
+        "experts",
+        "memory",
+        "gain",
+        "from to",
+        "by label",
+        "same\nstorage",
+        "same\nbytes read",
+        "measured\nin loss",
+    )
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for row in advice.rows:
@@ -83,6 +103,7 @@ def _cells(row: Row) -> list[str]:
         write.signed(row.label_gain.value),
         write.signed(row.storage_gain.value),
         write.signed(row.bandwidth_gain),
+        write.signed(row.loss_gain.value),
     ]
 
 
@@ -102,7 +123,7 @@ def _notes(advice: Advice) -> str:
         f"Judged on {sampled.windows['judging']} windows of {sampled.window} tokens from {sampled.judging_documents} "
         f"documents; {len(sampled.labels)} {kind}; a linear router on the first {sampled.router_tokens} tokens names "
         f"{write.percent(sampled.router_accuracy)} of them correctly.",
-        "Memory is relative to one expert. Same storage: one model of more bits, interpolated.",
+        "Gains are of divergence from the base. Same storage: one model of more bits, interpolated.",
     ]
     if any("steps" in row.extrapolated for row in advice.rows):
         notes.append(

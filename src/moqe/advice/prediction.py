@@ -1,8 +1,9 @@
 """From measured losses to predicted gains: who serves what, intervals over documents, and careful extrapolation.
 
-Gains are differences of the loss under the tokens that came, which is what a verdict will measure. Where only a ratio
-or an order counts, the divergence KL(base || expert) stands in, which has far less noise: which labels a specialist
-helps, by what a gain grows with training, and how the gap to the base shrinks from width to width.
+Gains are differences of the divergence KL(base || expert). A loss exceeds the base's by this divergence plus a term of
+mean zero, for text that the base predicts well, in which chance decides: another training run of the same expert has
+another one. The divergence is what carries over to a build, and it has a fraction of the noise. The gain in loss under
+the tokens that came is reported beside it and may contradict it.
 """
 
 from __future__ import annotations
@@ -76,59 +77,51 @@ class Predictor:
 
     def gap(self, width: Width) -> Range:
         """What a width's generalist loses against the base, nats per token."""
-        values, resampled = self._resampled(self._gap(width)[:, None])
+        values, resampled = self._resampled((width.generalist.nats - self.scored.base)[:, None])
         return Range(*_around(values[0], resampled[:, 0]))
-
-    def _gap(self, width: Width) -> Floats:
-        return width.generalist.nats - self.scored.base
 
     def row(self, width: Width, experts: int) -> Row:
         """Predict `experts` of one width, the generalist among them."""
         trained = len(width.specialists)
         size = self.sizes[width.bits]
         more_bits = scale_bits_per_weight() * (experts - 1)
-        routed, labelled = self._gains(width, min(experts - 1, trained))
-        gap = self._gap(width)
-        values, resampled = self._resampled(np.column_stack([self.divergences, gap, routed, labelled]))
         here, k = list(self.widths).index(width), len(self.widths)
-        target = self.points[here] + more_bits
+        columns = [self.divergences, *self._gains(width, min(experts - 1, trained))]
+        values, resampled = self._resampled(np.column_stack(columns))
+        (routed, labelled, loss), (routed_drawn, labelled_drawn, loss_drawn) = values[k:], resampled[:, k:].T
 
-        def saved(columns: Floats) -> Floats:
-            shares = gap_at(self.points, columns[:, :k], target) / np.maximum(columns[:, here], _SMALLEST_GAP)
-            return columns[:, k] * (1.0 - shares)
+        def saved(divergences: Floats) -> Floats:
+            return divergences[:, here] - gap_at(self.points, divergences, self.points[here] + more_bits)
 
-        storage_value, storage = float(saved(values[None])[0]), saved(resampled)
-        ceiling = max(0.0, float(np.quantile(resampled[:, k], 0.975)))
-        if trained:
-            most, extrapolated = self._factor(width, experts)
-            gain = _widened(values[k + 1], resampled[:, k + 1], most, ceiling)
-            label_gain = _widened(values[k + 2], resampled[:, k + 2], most, ceiling)
-            measured = Range(*_around(values[k + 1], resampled[:, k + 1]))
-            low, _ = percentile_interval(resampled[:, k + 1] - storage)
-            _, high = percentile_interval(np.minimum(most * resampled[:, k + 1], ceiling) - storage)
-            beyond = Range(low, gain.value - storage_value, high)
-        else:
-            gain = label_gain = measured = Range(0.0, 0.0, ceiling)
-            low, high = percentile_interval(storage)
-            beyond, extrapolated = Range(-high, -storage_value, ceiling - low), ()
+        storage_value, storage = float(saved(values[None, :k])[0]), saved(resampled[:, :k])
+        ceiling = float(np.quantile(resampled[:, here], 0.975))
+        most, extrapolated = self._factor(width, experts)
+
+        def predicted(value: float, drawn: Floats) -> Range:
+            return _widened(value, drawn, most, ceiling) if trained else Range(0.0, 0.0, ceiling)
+
+        gain = predicted(routed, routed_drawn)
+        best = np.minimum(most * routed_drawn, ceiling) if trained else np.full(RESAMPLES, ceiling)
+        beyond = percentile_interval(routed_drawn - storage)[0], percentile_interval(best - storage)[1]
         return Row(
             bits=width.bits,
             experts=experts,
             memory_ratio=(size.expert + (experts - 1) * size.scales) / size.expert,
             gain=gain,
-            label_gain=label_gain,
-            measured_gain=measured,
+            label_gain=predicted(labelled, labelled_drawn),
+            measured_gain=Range(*_around(routed, routed_drawn)),
+            loss_gain=Range(*_around(loss, loss_drawn)),
             storage_gain=Range(*_around(storage_value, storage)),
             bandwidth_gain=0.0,  # as many bytes read per token buy the generalist itself
-            beyond_storage=beyond,
+            beyond_storage=Range(beyond[0], gain.value - storage_value, beyond[1]),
             extrapolated=extrapolated,
         )
 
-    def _gains(self, width: Width, count: int) -> tuple[Floats, Floats]:
-        """What routing and labels win on every scored window with the `count` specialists that help most, (n,) each.
+    def _gains(self, width: Width, count: int) -> tuple[Floats, Floats, Floats]:
+        """What the `count` specialists that help most win on every scored window, (n,) each.
 
-        Which ones help, and whether a label that the router gives is answered by its specialist at all, is decided on
-        the choice windows.
+        In divergence by routing and by label, and in loss by routing. Which specialists help, and whether a label that
+        the router gives is answered by its specialist at all, is decided on the choice windows.
         """
         scored, generalist = self.scored, width.generalist
         helped = {}
@@ -136,13 +129,15 @@ class Predictor:
             mine = (scored.routed == label) & ~scored.judging
             helped[label] = float((generalist.divergence - scores.divergence)[mine].sum())
         best = sorted(helped, key=lambda label: -helped[label])[:count]
-        routed = labelled = np.zeros(len(generalist.nats))
+        routed = labelled = loss = np.zeros(len(generalist.nats))
         for label in best:
-            won = generalist.nats - width.specialists[label].nats
+            specialist = width.specialists[label]
+            won = generalist.divergence - specialist.divergence
             if helped[label] > 0:
                 routed = np.where(scored.routed == label, won, routed)
+                loss = np.where(scored.routed == label, generalist.nats - specialist.nats, loss)
             labelled = np.where(scored.label == label, won, labelled)
-        return routed, labelled
+        return routed, labelled, loss
 
     def _factor(self, width: Width, experts: int) -> tuple[float, tuple[str, ...]]:
         """By what a measured gain may grow in a full build of so many experts, and why.
@@ -150,6 +145,8 @@ class Predictor:
         Labels for which no specialist was trained win at most the same share of their divergence as those for which
         one was. More experts than labels win at most as much again with every doubling.
         """
+        if not width.specialists:
+            return 1.0, ()
         most, why = self.most, ["steps"] * (self.most > 1.0)
         divergence = {
             label: float(width.generalist.divergence[self.scored.judging & (self.scored.label == label)].sum())
