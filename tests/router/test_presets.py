@@ -147,6 +147,18 @@ def test_the_papers_router_is_taken_where_no_candidate_wins(planted):
     assert torch.equal(fitted.unseen.choice, validation.losses.argmin(1))
 
 
+def test_the_papers_router_has_to_clear_the_bar_too(planted):
+    """Right about two documents of twelve: 1.5 standard errors, and one of seven needs more than two."""
+    train, validation = planted(96, 0.0, 1), planted(48, 0.0, 2)
+    lucky = Knowing(validation, 0.0)
+    lucky.costs[8:] = (torch.arange(3) != validation.best_single).float()
+    fitted = fit_tuned(Options(epochs=1), train, validation, 0, paper=lucky)
+    gain = fitted.candidates[-1].gain
+    assert 1.0 < gain.value / gain.standard_error < 2.0
+    assert better(lucky.costs, (torch.arange(3) != validation.best_single).float().expand(48, 3), validation)
+    assert fitted.chosen == "constant"
+
+
 def test_better_asks_for_more_than_the_error_of_the_difference(planted):
     examples = planted(48, 0.1, 1)
     assert better(examples.losses, -examples.losses, examples)
