@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moqe.doctor import doctor
-from moqe.runtimes import int8_gain, processor
+from moqe.models import processor
+from moqe.runtimes import int8_gain
 from moqe.runtimes.onnx import OnnxRuntime
 
 pytest.importorskip("onnxruntime")
