@@ -72,8 +72,8 @@ def _scaled(interval: Interval, metric: Metric) -> Interval:
 
 
 def cost(passes: float) -> str:
-    """Mean forward passes per sample: a whole number, or three digits after the point."""
-    return f"{passes:.0f}" if passes == int(passes) else f"{passes:.3f}"
+    """Mean forward passes per sample: a whole number, or three digits after the point, two from 2 on."""
+    return f"{passes:.0f}" if passes == int(passes) else f"{passes:.{3 if passes < 2 else 2}f}"
 
 
 def p_value(p: float | None) -> str:
