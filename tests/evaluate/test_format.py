@@ -61,6 +61,8 @@ def test_nats_are_written_as_they_are(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("passes", "written"), [(1.0, "1"), (4.0, "4"), (1.0578, "1.058"), (1.0001, "1.000"), (2.252, "2.25")])
+@pytest.mark.parametrize(
+    ("passes", "written"), [(1.0, "1"), (4.0, "4"), (1.0578, "1.058"), (1.0001, "1.000"), (2.252, "2.25")]
+)
 def test_costs(passes: float, written: str) -> None:
     assert write.cost(passes) == written

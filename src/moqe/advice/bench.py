@@ -90,17 +90,25 @@ class Bench:
             untrained(self._student(bits), bits, self.codes.methods[bits], self.scored, before[bits])
             for bits in sorted(set(before) - set(training))
         ]
-        left_out = []
+        left_out: list[str] = []
         need = schedule.seconds(step_seconds, score_seconds, windows)
+        bounded = steps is None
         for number, bits in enumerate(training):
-            if number and steps is None and self.clock.left < _LATE * need:
+            started = self.clock.used
+            if number and bounded and self.clock.left < _LATE * need:
                 left_out.append(f"{bits} bits: not measured, time was up")
                 continue
-            widths.append(self._train(bits, before[bits], schedule))
+            found = self._train(bits, before[bits], schedule, bounded)
+            widths.append(found)
+            need = max(need, self.clock.used - started)
+            if len(found.specialists) < schedule.specialists:
+                left_out.append(
+                    f"{bits} bits: {len(found.specialists)} of {schedule.specialists} specialists, time was up"
+                )
         self.clock.lap("measure")
         return schedule, sorted(widths, key=lambda width: width.bits), left_out
 
-    def _train(self, bits: int, before: float, schedule: Schedule) -> Width:
+    def _train(self, bits: int, before: float, schedule: Schedule, bounded: bool) -> Width:
         return trained(
             self._student(bits),
             bits,
@@ -111,5 +119,6 @@ class Bench:
             before,
             self.seed,
             self.work / "training" / f"w{bits}",
+            lambda seconds: bounded and self.clock.left < seconds,
             self.progress,
         )

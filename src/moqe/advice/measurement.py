@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,11 +150,14 @@ def trained(
     divergence_before: float,
     seed: int,
     folder: Path,
+    late: Callable[[float], bool],
     progress: Progress,
 ) -> Width:
     """Distil a generalist and specialists that branch from it, and score them. folder: for the trainings' states.
 
-    Where there are fewer specialists than labels, those labels get one on which the generalist diverges most.
+    Where there are fewer specialists than labels, those labels get one on which the generalist diverges most. late: is
+    asked, before every specialist but the first, whether the seconds that the last one took are no longer there; then
+    the others are left out.
     """
     branch, halfway = schedule.branch_after, schedule.branch_after + schedule.own_steps // 2
     look = schedule.extrapolates
@@ -180,14 +183,17 @@ def trained(
         label: float(np.nansum(np.where((scored.label == label) & ~scored.judging, generalist.divergence, np.nan)))
         for label in labels
     }
-    chosen = sorted(sorted(labels, key=lambda label: -need[label])[: schedule.specialists])
+    chosen = sorted(labels, key=lambda label: -need[label])[: schedule.specialists]
     middle = Scores(np.full(len(scored.tokens), np.nan), np.full(len(scored.tokens), np.nan))
     if look:
         student.load_state(_snapshot(folder / "generalist", halfway))
         middle = score(student, scored.targets, scored.tokens, np.flatnonzero(np.isin(scored.label, chosen)).tolist())
     specialists: dict[str, Scores] = {}
-    early, late = 0.0, 0.0
+    at_half, at_end, seconds = 0.0, 0.0, 0.0
     for label in chosen:
+        started = time.monotonic()
+        if specialists and late(seconds):
+            break
         own = options.model_copy(update={"weights": {label: OWN_WEIGHT}, "branch_after": branch})
         place = folder / f"specialist-{labels.index(label)}"
         start = snapshot_path(folder / "generalist", branch) if branch else None
@@ -209,9 +215,10 @@ def trained(
             mine = scored.label == label
             student.load_state(_snapshot(place, halfway))
             then = score(student, scored.targets, scored.tokens, np.flatnonzero(mine).tolist())
-            early += float((middle.divergence - then.divergence)[mine].sum())
-            late += float((generalist.divergence - specialists[label].divergence)[mine].sum())
-    growth = late / early if early > 0 and late > 0 else float("nan")
+            at_half += float((middle.divergence - then.divergence)[mine].sum())
+            at_end += float((generalist.divergence - specialists[label].divergence)[mine].sum())
+        seconds = time.monotonic() - started
+    growth = at_end / at_half if at_half > 0 and at_end > 0 else float("nan")
     return Width(bits, method, divergence_before, generalist, specialists, schedule.steps, growth)
 
 
