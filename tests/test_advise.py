@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,20 @@ import moqe
 from moqe import cli
 from moqe.advice import Advice, Range, Row
 from moqe.advice.advice import advise_sentence
-from moqe.advice.budget import FULL, FULL_OWN, LEAST_WINDOWS, MOST_WINDOWS, Schedule, affordable_windows, plan
-from moqe.advice.codes import bits_per_weight
+from moqe.advice.budget import FULL, FULL_OWN, LEAST_WINDOWS, MOST_WINDOWS, Clock, Schedule, affordable_windows, plan
+from moqe.advice.codes import bits_per_weight, make_codes
 from moqe.advice.measurement import Scored, Scores, Width
 from moqe.advice.prediction import Predictor, Size, doublings, gap_at, growth_of
 from moqe.advice.samples import parse_source, read_samples
 from moqe.errors import DataError, RecipeError
+from moqe.formats import open_expert
 from moqe.methods.distill import Targets
 from moqe.progress import Silent
 
 QUICK: dict[str, Any] = {"bits": [2, 8], "experts": [2, 3, 8], "window": 24, "steps": 4}
 
 
-def write_documents(path: Path, vocabulary: tuple[str, ...], count: int, seed: str, words: int = 60) -> None:
+def write_documents(path: Path, vocabulary: tuple[str, ...], count: int, seed: str, words: int = 36) -> None:
     source = random.Random(seed)
     lines = [json.dumps({"text": " ".join(source.choices(vocabulary, k=words))}) for _ in range(count)]
     path.write_text("".join(line + "\n" for line in lines))
@@ -135,6 +137,34 @@ def test_one_domain_is_told_apart_by_clusters_and_a_seed_repeats_itself(loud_bas
     assert first.sampled.clusters
     assert first.sampled.labels[0].startswith("cluster-")
     assert replace(first, seconds={}) == replace(second, seconds={})
+
+
+def test_what_time_left_no_room_for_is_left_out_and_said(
+    loud_base: Path, domains: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter([1e9, 1e9])  # before the base runs, and when training is planned
+    monkeypatch.setattr(Clock, "left", property(lambda self: next(left, -1.0)))
+    monkeypatch.setattr("moqe.advice.budget.LADDER", ((4, 2),))
+    advice = moqe.advise(str(loud_base), domains, bits=[2, 3], experts=[2, 3], window=24)
+    assert [row.bits for row in advice.rows] == [3, 3]
+    assert "3 bits: 1 of 2 specialists, time was up" in advice.cut
+    assert "2 bits: not measured, time was up" in advice.cut
+    assert any("a build takes" in cut for cut in advice.cut)
+    assert "experts" in advice.rows[1].extrapolated
+    assert (advice.steps, advice.own_steps) == (4, 2)
+
+
+def test_codes_that_take_too_long_get_grids_that_are_not_searched(loud_base: Path, domains: list[str]) -> None:
+    from moqe.models.decoder import Decoder
+
+    decoder = Decoder.open(str(loud_base))
+    sources = [parse_source(source) for source in domains]
+    calibration = read_samples(sources, decoder.tokenizer, 24, (8, 8, 8), 0, Silent()).calibration
+    with tempfile.TemporaryDirectory() as work:
+        codes = make_codes(decoder, calibration, [3, 8], Path(work) / "c", Path(work) / "s", 1e-6, Silent())
+        assert codes.methods == {3: "gptq-minmax", 8: "rtn"}
+        assert "min-max grids" in codes.cut
+        assert open_expert(codes.folders[3]).names()
 
 
 # Errors

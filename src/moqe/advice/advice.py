@@ -127,17 +127,22 @@ def advise_sentence(rows: tuple[Row, ...]) -> str:
             f"these numbers leave room for is {most.gain.high:.4f} at {most.bits} bits with {most.experts} experts."
         )
     if by_storage:
-        best = max(by_storage, key=lambda row: row.gain.value)
+        best = _best(by_storage)
         return (
             f"Worth it at {_listed(by_storage)} bits, by storage and by bytes read per token: {_described(best)}, "
             f"where one model of the same storage would gain {best.storage_gain.value:.4f}.{_others(rows)}"
         )
-    best = max(by_bandwidth, key=lambda row: row.gain.value)
+    best = _best(by_bandwidth)
     return (
         f"Worth it at {_listed(by_bandwidth)} bits where bytes read per token are the limit, or replicas exist anyway: "
         f"{_described(best)}. Not worth it where storage is the limit: one model of the same storage would gain "
         f"{best.storage_gain.value:.4f}."
     )
+
+
+def _best(rows: list[Row]) -> Row:
+    """The row with the largest gain, of sizes that were measured if there are any."""
+    return max(rows, key=lambda row: ("experts" not in row.extrapolated, row.gain.value))
 
 
 def _described(row: Row) -> str:

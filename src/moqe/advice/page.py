@@ -172,6 +172,7 @@ def write_plot(path: Path, advice: Advice) -> None:
     axes.set_xticks(range(len(bits)), [f"{one} bits" for one in bits])
     axes.set_ylabel("predicted gain, nats per token")
     axes.set_yscale("symlog", linthresh=_linear_below(advice))
+    axes.margins(y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
