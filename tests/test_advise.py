@@ -287,7 +287,7 @@ def measured(
     document = np.array([f"d{index // 2}" for index in range(n)])
     targets = Targets(torch.empty(0), torch.float32)
     judging = np.arange(n) >= 40
-    return widths, Scored(torch.zeros(n, 4), label, label, document, judging, targets, base)
+    return widths, Scored(torch.zeros(n, 4), label, label, document, judging, targets, base, torch.float32)
 
 
 def predictor(widths: list[Width], scored: Scored, *, growth: float = 1.0, own: float = 0.0) -> Predictor:

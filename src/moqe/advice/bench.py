@@ -58,7 +58,7 @@ class Bench:
         dtype = product_dtype(device, FULL.precision)
         targets = Targets.of(decoder, calibration.tokens, dtype, progress)
         self.data = TrainingSet(calibration.tokens, calibration.domain, targets, train, validation)
-        answers = Targets.of(decoder, scored.tokens, dtype, progress)
+        answers = Targets.of(decoder, scored.tokens, progress=progress)
         self.scored = Scored(
             scored.tokens,
             np.array(scored.domain),
@@ -67,6 +67,7 @@ class Bench:
             np.arange(len(scored)) >= len(samples.choice),
             answers,
             base_losses(self._student(bits[-1]), answers, scored.tokens),
+            dtype,
         )
         clock.lap("base")
 

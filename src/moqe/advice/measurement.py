@@ -39,7 +39,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scored windows with the base's answers. base: its losses, (n,). targets: its hidden states."""
+    """The scored windows with the base's answers. base: its losses, (n,). targets: its hidden states, from float32.
+
+    dtype: of the products of experts that are compared with each other. Against the base a bfloat16 product errs by as
+    much as 8-bit codes, which cancels in a difference of two experts and not in a gap.
+    """
 
     tokens: Tensor
     label: NDArray[np.str_]
@@ -48,6 +52,7 @@ class Scored:
     judging: NDArray[np.bool_]  # the others are for choosing
     targets: Targets
     base: Floats
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,11 @@ class Width:
     growth: float
 
 
-def score(student: Student, targets: Targets, tokens: Tensor, rows: Sequence[int]) -> Scores:
-    """Score windows at `rows`, with products as in the targets. Arrays are as long as `tokens`, NaN elsewhere."""
+def score(student: Student, scored: Scored, rows: Sequence[int], dtype: torch.dtype) -> Scores:
+    """Score windows at `rows` with products in `dtype`. Arrays are as long as there are windows, NaN elsewhere."""
+    tokens, targets = scored.tokens, scored.targets
     nats, divergence = np.full(len(tokens), np.nan), np.full(len(tokens), np.nan)
-    with torch.no_grad(), mixed_precision(targets.dtype, student.device):
+    with torch.no_grad(), mixed_precision(dtype, student.device):
         for part in torch.split(torch.tensor(list(rows), dtype=torch.int64), _ROWS):
             hidden = student.hidden(tokens[part][:, :-1])
             found = _token_scores(student, hidden, targets.hidden[part].to(hidden.device), tokens[part][:, 1:])
@@ -82,7 +88,7 @@ def score(student: Student, targets: Targets, tokens: Tensor, rows: Sequence[int
 def base_losses(student: Student, targets: Targets, tokens: Tensor) -> Floats:
     """The base's loss of every window, nats per token, from its hidden states and the head that experts share."""
     losses = []
-    with torch.no_grad(), mixed_precision(targets.dtype, student.device):
+    with torch.no_grad():
         for part in torch.split(torch.arange(len(tokens)), _ROWS):
             hidden = targets.hidden[part].to(student.device)
             losses.append(_token_scores(student, hidden, None, tokens[part][:, 1:])[0].mean(1).double().cpu())
@@ -119,7 +125,7 @@ def pace(student: Student, data: TrainingSet, scored: Scored) -> tuple[float, fl
     rows = range(min(_ROWS, len(scored.tokens)))
     for _ in range(2):
         start = time.monotonic()
-        score(student, scored.targets, scored.tokens, rows)
+        score(student, scored, rows, scored.dtype)
         seconds.append((time.monotonic() - start) / len(rows))
     return seconds[1], seconds[3]
 
@@ -127,16 +133,15 @@ def pace(student: Student, data: TrainingSet, scored: Scored) -> tuple[float, fl
 def choice_divergence(student: Student, scored: Scored) -> float:
     """The untrained expert's mean divergence on some choice windows, evenly taken."""
     student.load_state({})
-    rows = torch.from_numpy(np.flatnonzero(~scored.judging))
+    rows = np.flatnonzero(~scored.judging)
     rows = rows[:: max(1, len(rows) // _PROBED)]
-    found = [scored.targets.divergence(student, scored.tokens, part) for part in torch.split(rows, _ROWS)]
-    return float(torch.cat(found).mean())
+    return float(score(student, scored, rows.tolist(), torch.float32).divergence[rows].mean())
 
 
 def untrained(student: Student, bits: int, method: str, scored: Scored, divergence_before: float) -> Width:
     """A width at which nothing can be won: only its generalist is scored, as its method left it."""
     student.load_state({})
-    scores = score(student, scored.targets, scored.tokens, range(len(scored.tokens)))
+    scores = score(student, scored, range(len(scored.tokens)), torch.float32)
     return Width(bits, method, divergence_before, scores, {}, 0, float("nan"))
 
 
@@ -176,7 +181,7 @@ def trained(
     student.load_state(made.state)
     everything = range(len(scored.tokens))
     with progress.track(f"score w{bits}", len(everything)) as advance:
-        generalist = score(student, scored.targets, scored.tokens, everything)
+        generalist = score(student, scored, everything, scored.dtype)
         advance(len(everything))
     labels = sorted(set(data.label))
     need = {
@@ -187,7 +192,7 @@ def trained(
     middle = Scores(np.full(len(scored.tokens), np.nan), np.full(len(scored.tokens), np.nan))
     if look:
         student.load_state(_snapshot(folder / "generalist", halfway))
-        middle = score(student, scored.targets, scored.tokens, np.flatnonzero(np.isin(scored.label, chosen)).tolist())
+        middle = score(student, scored, np.flatnonzero(np.isin(scored.label, chosen)).tolist(), scored.dtype)
     specialists: dict[str, Scores] = {}
     at_half, at_end, seconds = 0.0, 0.0, 0.0
     for label in chosen:
@@ -210,11 +215,11 @@ def trained(
         )
         student.load_state(found.state)
         rows = np.flatnonzero((scored.label == label) | (scored.routed == label)).tolist()
-        specialists[label] = score(student, scored.targets, scored.tokens, rows)
+        specialists[label] = score(student, scored, rows, scored.dtype)
         if look:
             mine = scored.label == label
             student.load_state(_snapshot(place, halfway))
-            then = score(student, scored.targets, scored.tokens, np.flatnonzero(mine).tolist())
+            then = score(student, scored, np.flatnonzero(mine).tolist(), scored.dtype)
             at_half += float((middle.divergence - then.divergence)[mine].sum())
             at_end += float((generalist.divergence - specialists[label].divergence)[mine].sum())
         seconds = time.monotonic() - started

@@ -33,6 +33,7 @@ from moqe.recipe import Source
 
 REFERENCE_BITS = 8  # always measured: where one model of more bits ends up
 _PROBE_WINDOWS = 4
+_LATE = 0.1  # of the time, that nobody is told about
 
 
 def advise(
@@ -93,6 +94,9 @@ def advise(
     predictor = Predictor(widths, scored, bytes_of, growth, doublings(schedule.own_steps, FULL_OWN), seed)
     rows = tuple(predictor.row(width, count) for width in widths if width.bits in wanted for count in sizes)
     clock.lap("predict")
+    cuts = described_cuts(schedule, specialists, taken, there) + [bench.codes.cut] * bool(bench.codes.cut) + left_out
+    if steps is None and clock.left < -_LATE * clock.seconds:
+        cuts.append(f"even so it took {clock.used / 60:.1f} of {minutes:g} minutes")
     advice = Advice(
         base=base,
         sentence=advise_sentence(rows),
@@ -132,9 +136,7 @@ def advise(
         full_steps=FULL.steps,
         full_own_steps=FULL_OWN,
         growth=growth,
-        cut=tuple(
-            described_cuts(schedule, specialists, taken, there) + [bench.codes.cut] * bool(bench.codes.cut) + left_out
-        ),
+        cut=tuple(cuts),
         seed=seed,
         seconds={step: round(value, 1) for step, value in clock.spent.items()},
     )
