@@ -328,6 +328,24 @@ def test_fewer_experts_keep_the_specialists_that_help_most() -> None:
     assert two.extrapolated == three.extrapolated == ()
 
 
+def shifted(scores: Scores, rows: np.ndarray, divergence: float) -> Scores:
+    """Scores with another divergence at some windows."""
+    return Scores(scores.nats, np.where(rows, scores.divergence + divergence, scores.divergence))
+
+
+def test_who_answers_is_decided_on_the_choice_windows_alone() -> None:
+    widths, scored = measured(0.02, 0.002)
+    four = widths[1]
+    better = shifted(four.specialists["b"], ~scored.judging, -0.02)  # it looks best, and on judging it is not
+    worse = shifted(better, scored.judging, 0.01)
+    one = replace(four, specialists={"a": four.specialists["a"], "b": worse})
+    row = predictor([widths[0], one, widths[2]], scored).row(one, 2)
+    assert row.gain.value == pytest.approx(0.005, abs=0.001)
+    never = replace(four, specialists={"a": shifted(four.specialists["a"], ~scored.judging, 0.05)})
+    row = predictor([widths[0], never, widths[2]], scored).row(never, 2)
+    assert row.gain.value == 0
+
+
 def test_extrapolation_widens_upwards_and_never_beyond_the_gap() -> None:
     widths, scored = measured(0.02, 0.002)
     plain = predictor(widths, scored).row(widths[1], 3).gain
