@@ -15,7 +15,7 @@ from moqe.data.samples import TextSamples
 from moqe.errors import DataError, RecipeError
 from moqe.formats import open_expert
 from moqe.method_options import Distill
-from moqe.models.clusters import text_clusters
+from moqe.models.clusters import telling_tokens, text_clusters
 from moqe.quantized import IntegerTensor
 from moqe.recipe import dump_recipe, parse_recipe
 from moqe.tasks.distiller import validation_rows
@@ -194,6 +194,9 @@ def test_clusters_need_no_labels_and_rounds_are_written_down(loud_base: Path, te
     (step,) = certificate["distilled"]["rounds"]
     assert step["round"] == 1
     assert step["before"] >= 0
+    assert certificate["distilled"]["own"]["windows"] > 0
+    assert certificate["distilled"]["own"]["words"]
+    assert "telling words" in (tmp_path / "m" / "report.html").read_text()
 
 
 def test_memory_is_spent_within_its_bound(loud_base: Path, texts: Path, tmp_path: Path) -> None:
@@ -211,6 +214,7 @@ def test_memory_is_spent_within_its_bound(loud_base: Path, texts: Path, tmp_path
     assert curve[-1]["memory"] == pytest.approx(sum(files.values()) / one, rel=1e-5)
     assert curve[0]["memory"] == 1.0
     assert curve[-1]["divergence"] < curve[0]["divergence"]
+    assert "What memory buys" in (tmp_path / "m" / "report.html").read_text()
     assert moqe.load(tmp_path / "m").score("one two three", expert="for-code").tokens > 0  # type: ignore[attr-defined]
 
 
@@ -225,6 +229,21 @@ def test_clusters_are_the_domains_where_words_tell_them_apart(tiny_base: Path, r
     assert len(pairs) == 3
     with pytest.raises(DataError, match=r"lower specialists\.count"):
         text_clusters(torch.zeros(4, 8, dtype=torch.int64), torch.randn(3, 5), 2, seed=0)
+
+
+def test_telling_words_are_those_of_the_windows_inside() -> None:
+    words = ["the", "a", "def", "self", "love", "  ", "x"]
+    random = torch.Generator().manual_seed(0)
+    common = torch.randint(0, 2, (40, 16), generator=random)
+    tokens = common.clone()
+    tokens[:20, ::4], tokens[20:, ::4] = 2, 4  # only some windows say `def`, only the others `love`
+    tokens[:10, 1], tokens[:20, 2], tokens[:20, 3] = 3, 5, 6
+    inside = [row < 20 for row in range(40)]
+    found = telling_tokens(tokens, inside, lambda ids: words[ids[0]])
+    assert found[:2] == ["def", "self"]
+    assert "x" not in found
+    assert "love" not in found
+    assert telling_tokens(tokens, [True] * 40, lambda ids: words[ids[0]]) == []
 
 
 def test_validation_takes_whole_documents_of_every_domain() -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from moqe.errors import CheckpointError
+from moqe.evaluate.context import DistilledRow, MemoryPoint
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.metrics import METRICS
 from moqe.evaluate.publish import gather, publish
@@ -110,3 +111,22 @@ def test_routers_of_images_are_stated_in_accuracy(place: MixtureFolder, recipe: 
     context = gather(place, recipe, ("whole",), METRICS["top1"])
     assert [row.value for row in context.candidates["whole"]] == pytest.approx([0.9312, 0.9312])
     assert "+1.00 \N{PLUS-MINUS SIGN} 0.40 points of top-1 accuracy" in context.guards["whole"]
+
+
+def test_training_of_scales_and_the_memory_curve_come_from_certificates(place: MixtureFolder, recipe: Recipe) -> None:
+    layers = [{"name": f"model.layers.{k}.mlp.up_proj.weight", "substituted": ""} for k in range(4)]
+    found = {
+        "steps": 8,
+        "kept_step": 4,
+        "divergence": {"0": 0.5, "4": 0.25, "8": 0.3},
+        "weights": {"code": 8.0},
+        "blocks": [1],
+        "own": {"windows": 12, "words": ["def", "return"]},
+        "memory_curve": [{"memory": 1.0, "divergence": 0.3}, {"memory": 1.1, "divergence": 0.25}],
+    }
+    write_json(place.certificate("rtn"), {"codes_of": "generalist", "layers": layers, "distilled": found})
+    write_json(place.certificate("theirs"), {"layers": layers, "distilled": None})
+    context = gather(place, recipe, ("whole",), METRICS["nats_per_token"])
+    expected = DistilledRow("rtn", "generalist", 0.5, 0.25, 4, 8, 12, ("def", "return"), 0.25)
+    assert context.distilled == (expected,)
+    assert context.memory == (MemoryPoint(1.0, 0.3), MemoryPoint(1.1, 0.25))

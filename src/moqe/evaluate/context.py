@@ -33,12 +33,47 @@ class Substitution:
 
 
 @dataclass(frozen=True)
+class DistilledRow:
+    """An expert whose scales were trained.
+
+    before, after: the divergence from the base on held-out calibration windows, weighted as in training, nats; before
+    is where this training began. step: after which the state was taken, of `steps`. windows, words: how many
+    calibration windows a specialist is for and what tells them from the others; 0 and none for a generalist. own_share:
+    the share of its blocks that have scales of their own; None where memory is not bounded.
+    """
+
+    expert: str
+    codes_of: str
+    before: float
+    after: float
+    step: int
+    steps: int
+    windows: int
+    words: tuple[str, ...]
+    own_share: float | None
+
+
+@dataclass(frozen=True)
+class MemoryPoint:
+    """What a share of the specialists' own scales buys.
+
+    memory: bytes of generalist and specialists together, in those of one. divergence: mean over the specialists of that
+    from the base on their own held-out windows, nats.
+    """
+
+    memory: float
+    divergence: float
+
+
+@dataclass(frozen=True)
 class ReportContext:
     """Everything that card and report need beside the verdict.
 
     base: the base model as the recipe names it. recipe_yaml: the recipe's text. candidates: per protocol, the routers
     that were considered. guards: per protocol, what the guard saw and did, in sentences. contact: images on which
     experts disagree; None where samples are no images. to_beat: the expert that a router had to beat, in words.
+    distilled: the experts whose scales were trained. memory: the curve behind the recipe's bound on memory; empty where
+    there is none.
     Nothing here depends on where the mixture lies: builds in two folders give equal pages.
     """
 
@@ -49,3 +84,5 @@ class ReportContext:
     substitutions: tuple[Substitution, ...]
     contact: ContactSheet | None = None
     to_beat: str = "the best single expert"
+    distilled: tuple[DistilledRow, ...] = ()
+    memory: tuple[MemoryPoint, ...] = ()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
 
 from moqe.evaluate import format as write
+from moqe.evaluate.context import MemoryPoint
 from moqe.evaluate.metrics import Metric
 from moqe.evaluate.telling import telling
 from moqe.evaluate.verdict import Curve, ProtocolVerdict
@@ -151,6 +152,19 @@ def curve_plot(found: ProtocolVerdict, curve: Curve, metric: Metric) -> str:
         )
         figure.subplots_adjust(top=0.82)
         return _svg(figure, f"curve-{found.protocol}", f"{what} against the share of samples routed away")
+
+
+def memory_plot(points: Sequence[MemoryPoint]) -> str:
+    """What growing memory buys: the divergence from the base against bytes in those of one expert; SVG."""
+    with _figure(2.8, left=0.19, right=0.97) as (figure, axes):
+        memory, divergence = ([getattr(point, name) for point in points] for name in ("memory", "divergence"))
+        axes.plot(memory, divergence, "o-", color=ACCENT, linewidth=2.2, markersize=6)
+        axes.set_xlabel("memory, in bytes of one expert")
+        axes.set_ylabel("nats from the base")
+        axes.ticklabel_format(axis="both", useOffset=False)
+        axes.locator_params(axis="both", nbins=5)
+        axes.tick_params(axis="y", colors=MUTED)
+        return _svg(figure, "memory", "Divergence from the base against the memory of the mixture")
 
 
 def _series(index: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from moqe.evaluate import format as write
 from moqe.evaluate.card import write_card
 from moqe.evaluate.contact import ContactSheet
-from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
+from moqe.evaluate.context import CandidateRow, DistilledRow, MemoryPoint, ReportContext, Substitution
 from moqe.evaluate.metrics import METRICS, Metric
 from moqe.evaluate.report import write_report
 from moqe.evaluate.verdict import Verdict
@@ -34,16 +34,21 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...], met
 
     metric: what routers were compared by.
     """
-    substituted = []
+    substituted: list[Substitution] = []
+    distilled: list[DistilledRow] = []
+    memory: list[MemoryPoint] = []
     for expert in recipe.experts:
         if place.certificate(expert.name).exists():
             with reading(place.certificate(expert.name)):
-                layers = read_json(place.certificate(expert.name)).get("layers", [])
+                certificate = read_json(place.certificate(expert.name))
                 substituted += [
                     Substitution(expert.name, layer["name"], layer["substituted"])
-                    for layer in layers
+                    for layer in certificate.get("layers", [])
                     if layer["substituted"]
                 ]
+                if "divergence" in (certificate.get("distilled") or {}):
+                    distilled.append(_distilled(expert.name, certificate))
+                    memory += [MemoryPoint(**point) for point in certificate["distilled"].get("memory_curve", [])]
     paths = {name: place.router(name) / "selection.json" for name in protocols}
     candidates, guards, to_beat = {}, {}, ReportContext.to_beat
     for name, path in paths.items():
@@ -59,6 +64,27 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...], met
         guards=guards,
         substitutions=tuple(substituted),
         to_beat=to_beat,
+        distilled=tuple(distilled),
+        memory=tuple(memory),
+    )
+
+
+def _distilled(expert: str, certificate: Mapping[str, Any]) -> DistilledRow:
+    """What a certificate says about the training of an expert's scales."""
+    found = certificate["distilled"]
+    curve = {int(step): float(value) for step, value in found["divergence"].items()}
+    own = found.get("own", {"windows": 0, "words": []})
+    blocks = {layer["name"].rpartition(".layers.")[2].partition(".")[0] for layer in certificate.get("layers", [])}
+    return DistilledRow(
+        expert,
+        certificate["codes_of"],
+        before=curve[min(curve)],
+        after=curve[found["kept_step"]],
+        step=found["kept_step"],
+        steps=found["steps"],
+        windows=own["windows"],
+        words=tuple(own["words"]),
+        own_share=len(found["blocks"]) / max(1, len(blocks)) if "blocks" in found else None,
     )
 
 

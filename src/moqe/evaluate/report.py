@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from moqe.evaluate.context import ReportContext
 from moqe.evaluate.metrics import METRICS
-from moqe.evaluate.plots import curve_plot, difference_plot, share_plot
+from moqe.evaluate.plots import curve_plot, difference_plot, memory_plot, share_plot
 from moqe.evaluate.templates import environment
 from moqe.evaluate.verdict import Verdict
 from moqe.store import write_text
@@ -26,9 +26,12 @@ def render_report(verdict: Verdict, context: ReportContext) -> str:
         }
         for name, found in verdict.protocols.items()
     }
+    memory = Markup(memory_plot(context.memory) if context.memory else "")
     pictures = [_address(image.png) for image in context.contact.images] if context.contact else []
     template = environment(metric, html=True).get_template("report.html.jinja")
-    return template.render(verdict=verdict, context=context, metric=metric, plots=plots, pictures=pictures)
+    return template.render(
+        verdict=verdict, context=context, metric=metric, plots=plots, memory=memory, pictures=pictures
+    )
 
 
 def write_report(path: Path, verdict: Verdict, context: ReportContext) -> None:

@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from moqe.formats.expert_files import ExpertWriter
 from moqe.method_options import Distill
 from moqe.methods.certificate import significant
 from moqe.methods.distill import Distilled, Student, Targets, TrainingSet, distill, snapshot_path
+from moqe.models.clusters import telling_tokens
 from moqe.models.decoder import Decoder
 from moqe.models.device import product_dtype
 from moqe.models.shared import open_shared
@@ -109,7 +110,12 @@ class Distiller:
         own, curve = self._allot(student, family, specialists, found, labels, source, progress)
         for member in family.members:
             if member in unfinished:
-                facts = {"rounds": rounds, "blocks": own.get(member.name), "memory_curve": curve.get(member.name)}
+                facts = {
+                    "rounds": rounds,
+                    "blocks": own.get(member.name),
+                    "memory_curve": curve.get(member.name),
+                    "own": self._own_windows(member, labels),
+                }
                 student.load_state(found[member.name].state)
                 self._write(member, family.owner, source, student, found[member.name], facts)
 
@@ -235,6 +241,14 @@ class Distiller:
                 advance(1)
         choice = torch.stack(columns, dim=1).argmin(1)
         return [specialists[int(index)].name for index in choice]
+
+    def _own_windows(self, member: Expert, labels: Sequence[str]) -> dict[str, Any] | None:
+        """How many calibration windows a specialist is for, and the words that tell them from the others."""
+        inside = [label in _own_labels(member) for label in labels]
+        if not any(inside) or all(inside):
+            return None
+        decode = partial(self.decoder.tokenizer.decode, skip_special_tokens=True)
+        return {"windows": sum(inside), "words": telling_tokens(self.samples.tokens, inside, decode)}
 
     def _half_split(self, student: Student, found: Mapping[str, Distilled], progress: Progress) -> float:
         """The family's divergence on validation windows: who answers is chosen on the first half, scored on the second.
