@@ -1,4 +1,4 @@
-"""Clusters of texts by their mean embedding, for specialists where nobody labelled the texts, and their telling words."""
+"""Clusters of texts by mean embedding, for specialists where nobody labelled the texts, and their telling words."""
 
 from __future__ import annotations
 
