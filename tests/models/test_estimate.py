@@ -8,6 +8,10 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
+from moqe.expert_options import Specialists
+from moqe.method_options import Distill
+from moqe.methods.distill import distill_seconds
+from moqe.methods.distill.cost import training_steps
 from moqe.methods.rtn import Rtn
 from moqe.models.decoder import Decoder
 from moqe.models.estimate import (
@@ -20,6 +24,7 @@ from moqe.models.estimate import (
     expert_block_bytes,
     measure_flops,
     measure_shape,
+    scale_block_bytes,
     scoring_bytes,
 )
 from moqe.recipe import Expert
@@ -133,3 +138,42 @@ def test_more_of_anything_costs_more(shape: Shape) -> None:
 def test_rate_is_positive() -> None:
     assert measure_flops() > 1e8
     assert torch.get_num_threads() == 1
+
+
+def test_an_expert_with_another_s_codes_takes_its_scales(shape: Shape) -> None:
+    (owner,), schemes = experts(("rtn", "w4a16"))
+    other = owner.model_copy(update={"name": "other", "codes_of": owner.name})
+    schemes["other"] = schemes[owner.name]
+    alone = estimate(shape, (owner,), schemes, {"rtn": _Free()}, WORK, 1e9)
+    both = estimate(shape, (owner, other), schemes, {"rtn": _Free()}, WORK, 1e9)
+    added = both.disk_bytes - alone.disk_bytes
+    assert added == scale_block_bytes(shape, schemes["other"])
+    assert 0 < added < 0.1 * expert_block_bytes(shape, schemes["other"])
+    assert both.expert_bytes["other"] == alone.expert_bytes[owner.name]  # as if it stood alone
+
+
+def test_branches_candidates_and_rounds_are_counted() -> None:
+    found = Specialists(rounds=2, distill=Distill(steps=10, branch_after=4), own_weight=None)
+    generalist, first, second = found.experts(("a", "b"))
+    assert training_steps(generalist, found) == 10
+    assert training_steps(first, found) == training_steps(second, found) == 3 * 3 * 6
+    assert training_steps(Expert(name="plain", method="rtn", scheme="w4a16"), found) == 0
+
+
+def test_distillation_takes_longer_with_more_of_anything() -> None:
+    def seconds(steps: int, windows: int = 8) -> float:
+        expert = Expert(name="e", method="rtn", scheme="w4a16", distill=Distill(steps=steps, validation_windows=1))
+        return distill_seconds(
+            [expert],
+            None,
+            linear_weights=10**8,
+            head_weights=10**6,
+            window=16,
+            windows=windows,
+            dtype=torch.float32,
+            device="cpu",
+            flops_per_second=1e10,
+        )
+
+    assert seconds(200) > 2 * seconds(20)
+    assert seconds(20, windows=10_000) > seconds(20) + 1000

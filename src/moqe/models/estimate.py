@@ -5,7 +5,7 @@ all windows, the second moments per group and domain, and the largest factorisat
 Disk is the experts' files, what they share stored once per file family, and what a build needs in between.
 Time is counted operations divided by a measured matmul rate, plus each method's search, timed on a small matrix and
 scaled by the number of weights. Both measurements take a few seconds; expect the right order, within a factor of two.
-Training of routers is not included.
+Training of routers is not included; distillation is counted apart, see `moqe.methods.distill.cost`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Estimate:
     """Predicted cost of making and scoring the experts.
 
     ram_bytes: peak of the process. disk_bytes: of the finished experts. work_bytes: more disk, while building.
-    expert_bytes: each expert as if it stood alone. seconds: by step, `calibrate`, `quantize`, `score`.
+    expert_bytes: each expert as if it stood alone. seconds: by step, `calibrate`, `quantize`, `distill` where there is
+    any, `score`.
     """
 
     parameters: int
@@ -102,28 +103,33 @@ def estimate(
     """Predict what making `experts` takes. schemes: by expert name. methods: by method name.
 
     Experts that are existing checkpoints (without a method) are scored but cost neither disk nor quantization: they
-    are linked. flops_per_second: see `measure_flops`.
+    are linked. Those with another's codes take the disk of their scales. flops_per_second: see `measure_flops`.
     """
     made = [expert for expert in experts if expert.method]
     block_bytes = {expert.name: expert_block_bytes(shape, schemes[expert.name]) for expert in made}
     outside = shape.other_parameters * shape.stored_bytes
+    coded = [expert for expert in made if not expert.codes_of]
+    own = sum(block_bytes[expert.name] for expert in coded)
+    own += sum(scale_block_bytes(shape, schemes[expert.name]) for expert in made if expert.codes_of)
     families = {schemes[expert.name].is_block for expert in made}
     sequential = sum(expert.sequential for expert in made)
     passes = 2 * sequential + (sequential < len(made))  # a sequential expert runs every block twice, alone
     return Estimate(
         parameters=shape.parameters,
         ram_bytes=PROCESS_BYTES + max(calibration_bytes(shape, workload), scoring_bytes(shape)),
-        disk_bytes=sum(block_bytes.values()) + outside * len(families),
+        disk_bytes=own + outside * len(families),
         # GGUF blocks wait in parts until the file is assembled; sequential experts keep their replaced blocks.
         work_bytes=max((block_bytes[e.name] for e in made if schemes[e.name].is_block), default=0)
-        + sequential * shape.blocks * shape.block_parameters * FLOAT32,
+        + sequential * shape.blocks * shape.block_parameters * FLOAT32
+        # Codes wait as the method left them; linked files count once, so what a distilled expert adds is its scales.
+        + sum(scale_block_bytes(shape, schemes[e.name]) for e in coded if e.distill is not None),
         expert_bytes={name: size + outside for name, size in block_bytes.items()},
         seconds={
             "calibrate": passes * calibration_flops(shape, workload) / (flops_per_second * _EFFICIENCY),
             "quantize": sum(
                 shape.linear_weights * seconds_per_weight(methods[expert.method], schemes[expert.name], expert)
                 + factorisation_flops(shape, expert) / (flops_per_second * _EFFICIENCY)
-                for expert in made
+                for expert in coded
             ),
             "score": (1 + len(experts)) * scoring_flops(shape, workload) / (flops_per_second * _EFFICIENCY),
         },
@@ -164,6 +170,15 @@ def expert_block_bytes(shape: Shape, scheme: Scheme) -> int:
     linears = sum(out * columns * scheme.bits_per_weight(columns) / 8 for out, columns in shape.linears.values())
     rest = shape.block_parameters - sum(out * columns for out, columns in shape.linears.values())
     return int(shape.blocks * (linears + 2 * rest))
+
+
+def scale_block_bytes(shape: Shape, scheme: Scheme) -> int:
+    """Bytes that an expert with another's codes adds: its linears' scales and what is no linear, in 16 bits."""
+    scales = sum(
+        out * columns / (scheme.group_size or columns) for out, columns in shape.linears.values() if not scheme.is_block
+    )
+    rest = shape.block_parameters - sum(out * columns for out, columns in shape.linears.values())
+    return int(shape.blocks * 2 * (scales + rest))
 
 
 def calibration_bytes(shape: Shape, workload: Workload) -> int:
@@ -223,9 +238,9 @@ def seconds_per_weight(method: Method, scheme: Scheme, expert: Expert) -> float:
     return (time.perf_counter() - start) / weight.numel()
 
 
-def measure_flops(device: str = "cpu") -> float:
-    """Operations per second of a large float32 matmul, measured for a third of a second."""
-    matrix = torch.randn(1024, 1024, device=device)
+def measure_flops(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of a large matmul, measured for a third of a second."""
+    matrix = torch.randn(1024, 1024, device=device, dtype=dtype)
     float((matrix @ matrix)[0, 0])  # warm up, and wait: kernels of an accelerator run on their own
     products, start = 0, time.perf_counter()
     while time.perf_counter() - start < _RATE_SECONDS:

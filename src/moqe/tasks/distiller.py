@@ -26,7 +26,7 @@ from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.formats.expert_files import ExpertWriter
 from moqe.method_options import Distill
 from moqe.methods.certificate import significant
-from moqe.methods.distill import Distilled, Student, Targets, TrainingSet, distill, snapshot_path
+from moqe.methods.distill import OWN_WEIGHTS, Distilled, Student, Targets, TrainingSet, distill, snapshot_path
 from moqe.models.clusters import telling_tokens
 from moqe.models.decoder import Decoder
 from moqe.models.device import product_dtype
@@ -39,7 +39,6 @@ from moqe.tasks.allotment import Unit, allot, block_gains, mixed_state
 
 log = logging.getLogger("moqe")
 
-OWN_WEIGHTS = (4.0, 8.0, 16.0)  # what is tried where a recipe leaves own_weight open
 _ROWS, _CURVE = 4, 5  # windows at once; points of the memory curve
 
 

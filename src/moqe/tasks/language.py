@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,8 +28,9 @@ from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.formats.expert_files import ExpertFiles
 from moqe.methods import METHODS, check
+from moqe.methods.distill import distill_seconds
 from moqe.models.decoder import Decoder
-from moqe.models.device import check_device
+from moqe.models.device import check_device, product_dtype
 from moqe.models.estimate import (
     Estimate,
     Workload,
@@ -36,6 +38,7 @@ from moqe.models.estimate import (
     expert_block_bytes,
     measure_flops,
     measure_shape,
+    scale_block_bytes,
 )
 from moqe.models.identity import model_digest
 from moqe.models.shared import SharedParts, open_shared
@@ -90,8 +93,24 @@ class LanguageTask:
             domains=len({source.label for source in data.calibration}),
             scored_windows=sum(scored),
         )
-        rate = measure_flops(device)
-        return estimate(measure_shape(decoder), recipe.experts, schemes, METHODS, workload, rate)
+        rate, shape = measure_flops(device), measure_shape(decoder)
+        found = estimate(shape, recipe.experts, schemes, METHODS, workload, rate)
+        precisions = {expert.distill.precision for expert in recipe.experts if expert.distill is not None}
+        seconds = 0.0
+        for precision in sorted(precisions):
+            dtype = product_dtype(device, precision)
+            seconds += distill_seconds(
+                [e for e in recipe.experts if e.distill is not None and e.distill.precision == precision],
+                recipe.specialists,
+                linear_weights=shape.linear_weights,
+                head_weights=shape.hidden * shape.vocabulary,
+                window=data.window,
+                windows=calibration,
+                dtype=dtype,
+                device=device,
+                flops_per_second=measure_flops(device, dtype),
+            )
+        return replace(found, seconds={**found.seconds, "distill": seconds}) if precisions else found
 
     @property
     def metric(self) -> str:
@@ -145,7 +164,10 @@ class LanguageTask:
         """Bytes that are still to be written: missing experts and the work files of the largest, less what is there."""
         shape = measure_shape(self.decoder)
         missing = [name for name in self.schemes if not self.folder.certificate(name).exists()]
-        sizes = [expert_block_bytes(shape, self.schemes[name]) for name in missing]
+        own = {expert.name for expert in self.recipe.experts if not expert.codes_of}
+        sizes = [
+            (expert_block_bytes if name in own else scale_block_bytes)(shape, self.schemes[name]) for name in missing
+        ]
         needed = sum(sizes) + max(sizes, default=0) + shape.other_parameters * shape.stored_bytes
         places = [self.folder.shared, self.folder.work, *(self.folder.expert(name) for name in missing)]
         return max(0, needed - sum(disk_bytes(place) for place in places))
