@@ -19,6 +19,7 @@ from moqe.build import BuildResult, Plan, build, evaluate, plan
 from moqe.bundled import quickstart_recipe
 from moqe.doctor import doctor
 from moqe.errors import MoqeError
+from moqe.export import Export, export
 from moqe.mixture import Classification, Decision, Generation, Mixture, Score, inspect, load
 from moqe.recipe import Recipe, load_recipe, parse_recipe
 from moqe.verbs import classify, generate, quickstart, route
@@ -29,6 +30,7 @@ __all__ = [
     "BuildResult",
     "Classification",
     "Decision",
+    "Export",
     "Generation",
     "Mixture",
     "MoqeError",
@@ -41,6 +43,7 @@ __all__ = [
     "classify",
     "doctor",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "load",
