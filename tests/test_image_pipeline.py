@@ -21,7 +21,7 @@ from moqe.router import VectorFeatures, load_router
 from moqe.router.network_router import NetworkRouter
 from moqe.router.onnx_network import OnnxNetwork
 from moqe.runtimes.images import IMAGE_RUNTIMES
-from moqe.tasks.image_expert_maker import expert_file
+from moqe.tasks.image_expert_files import expert_file
 from moqe.tasks.images import ImageTask
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from moqe.data_options import Sources
 from moqe.method_options import Awq, Brecq, Distill, DsConv, Gptq, N2uq, Ptq, Qat, Rtn, SmoothQuant
@@ -97,6 +97,7 @@ class Expert(Options):
 
 GENERALIST = "generalist"
 OWN_WEIGHT = 8.0
+IMAGE_METHODS = ("qat", "brecq")  # whose result depends on which images they see most
 
 
 class Specialists(Options):
@@ -111,6 +112,10 @@ class Specialists(Options):
     that serves it best, distill again on these, and stop when validation does not improve. `memory` bounds the bytes of
     all together, in multiples of one expert's: blocks keep scales of their own where held-out windows gain most per
     byte. The generalist is distilled just as long on everything, and is what the guard falls back to.
+
+    Of images specialists are made by `qat` or `brecq`, with the options of that section, by cluster of the router's
+    features. They see their own images `own_weight` times as often; nothing is distilled. `share: codes` trains scales,
+    biases and the steps of activations on top of one set of codes.
     """
 
     count: int | None = Field(None, ge=2)
@@ -124,6 +129,14 @@ class Specialists(Options):
     rounds: int = Field(0, ge=0)
     memory: float | None = Field(None, ge=1.0)
     distill: Distill = Distill()
+    qat: Qat | None = None
+    brecq: Brecq | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_images(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the sections of image methods where they are not stated: texts' hashes do not know them."""
+        content: dict[str, Any] = serialize(self)
+        return {key: value for key, value in content.items() if key not in IMAGE_METHODS or value is not None}
 
     def labels(self, sources: Sources) -> tuple[str, ...]:
         """What the calibration windows are told apart by. Raises ValueError where that does not work out."""
@@ -164,6 +177,25 @@ class Specialists(Options):
             own: dict[str, Any] = {"codes_of": GENERALIST} if self.share == "codes" else weighed
             found.append(Expert(name=specialist_name(label), distill=distill, **own))
         return tuple(found)
+
+    def image_experts(self) -> tuple[Expert, ...]:
+        """The same for images. Raises ValueError where images have no such specialists."""
+        if self.method not in IMAGE_METHODS:
+            raise ValueError(f"specialists.method is {self.method!r}: specialists of images are made by qat or brecq")
+        if self.by == "domain":
+            raise ValueError(
+                "specialists.by is domain, and the domain of an image is its class, which is what is asked of an "
+                "expert: choose by: cluster, and count"
+            )
+        for section in set(IMAGE_METHODS) - {self.method}:
+            if getattr(self, section) is not None:
+                raise ValueError(f"specialists.{section} has no effect where specialists.method is {self.method}")
+        options = getattr(self, self.method)
+        made = {} if options is None else {self.method: options}
+        generalist = Expert(name=GENERALIST, method=self.method, scheme=self.scheme, **made)
+        codes = {"codes_of": GENERALIST} if self.share == "codes" else {}
+        names = [specialist_name(label) for label in self.labels(())]
+        return generalist, *(generalist.model_copy(update={"name": name, **codes}) for name in names)
 
 
 def specialist_name(label: str) -> str:

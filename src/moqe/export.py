@@ -29,7 +29,7 @@ from moqe.models.image_shared import DESCRIPTION
 from moqe.progress import Progress, Silent
 from moqe.recipe import load_recipe
 from moqe.store import atomic, digest_files, disk_bytes, require_room, write_json, write_text
-from moqe.tasks.image_expert_maker import expert_file
+from moqe.tasks.image_expert_files import expert_file
 from moqe.version import __version__
 
 MANIFEST = "export.json"

@@ -62,12 +62,14 @@ ONLY: dict[str, dict[type[Options], frozenset[str]]] = {
         Expert: frozenset({"checkpoint", "calibration", "sequential", "on_unsupported", "block_fallback"})
         | {"group_size", "symmetric", "gptq", "awq", "smoothquant", "rtn", "codes_of", "distill"},
         Router: frozenset({"layers", "heads", "dropout", "max_tokens"}),
+        Specialists: frozenset({"group_size", "symmetric", "memory", "distill"}),
     },
     "image-classification": {
         Source: frozenset({"label_column"}),
         Data: frozenset({"preprocessing"}),
         Expert: frozenset({"base", "weights"}) | {"ptq", "qat", "brecq", "n2uq", "dsconv"},
         Router: frozenset({"feature", "loss", "max_cost"}),
+        Specialists: frozenset({"qat", "brecq"}),
     },
 }
 
@@ -112,8 +114,10 @@ class Recipe(Options):
     def _expand(self) -> None:
         """Add the experts that `specialists` stands for, and complete those that have another's codes."""
         listed = self.experts
-        if self.specialists is not None:
+        if self.specialists is not None and self.task == "language":
             listed += self.specialists.experts(self.specialists.labels(self.data.calibration))
+        elif self.specialists is not None:
+            listed += self.specialists.image_experts()
         if not listed:
             raise ValueError("there are no experts: list some, or describe specialists")
         by_name = {expert.name: expert for expert in listed}
@@ -124,6 +128,11 @@ class Recipe(Options):
     def generalist(self) -> str | None:
         """The expert that inputs of an unknown kind get; None where there are no specialists."""
         return GENERALIST if self.specialists is not None else None
+
+    @property
+    def family(self) -> tuple[Expert, ...]:
+        """The experts that `specialists` stands for, the generalist first."""
+        return self.experts[self._listed :]
 
     def to_mapping(self) -> dict[str, Any]:
         """The recipe as it could be written, defaults left out."""
@@ -150,12 +159,13 @@ class Recipe(Options):
 
     def _refuse_other_tasks_keys(self) -> None:
         """Raise ValueError for a stated key that this task does not read."""
-        own = {"language": {"protocol", "specialists"}, "image-classification": {"weights"}}
+        own = {"language": {"protocol"}, "image-classification": {"weights"}}
         foreign = [
             key for task, keys in own.items() if task != self.task for key in sorted(keys & self.model_fields_set)
         ]
         sections: list[Options] = [*self.data.calibration, *self.data.router, *self.data.test, self.data]
-        for section in (*sections, *self.experts, self.router):
+        family = [] if self.specialists is None else [self.specialists]
+        for section in (*sections, *self.experts[: self._listed], *family, self.router):
             for task, keys in ONLY.items():
                 if task != self.task:
                     foreign += sorted(keys.get(type(section), frozenset()) & section.model_fields_set)

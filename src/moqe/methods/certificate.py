@@ -65,7 +65,8 @@ class Certificate:
     parameters: weights of all linears in the decoder's blocks. bits_per_weight: their mean as stored.
     substituted_share: the share of parameters in layers where something else was done than asked.
     error, baseline_error: mean over layers that have one; None when none has. codes_of: whose integer codes it has;
-    empty for its own. distilled: how its scales were trained, None where they were not.
+    empty for its own. distilled: how its scales were trained, None where they were not. specialised: how often a member
+    of a family of image experts saw its own images, and what rounds brought; None for all others.
     """
 
     expert: str
@@ -79,6 +80,7 @@ class Certificate:
     layers: tuple[LayerRecord, ...]
     codes_of: str = ""
     distilled: Mapping[str, Any] | None = None
+    specialised: Mapping[str, Any] | None = None
 
     @property
     def substitutions(self) -> tuple[LayerRecord, ...]:
@@ -87,7 +89,10 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """The certificate as JSON values, for `certificate.json`."""
-        return asdict(self)
+        content = asdict(self)
+        if self.specialised is None:
+            del content["specialised"]  # a key that only families of image experts have
+        return content
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> Certificate:

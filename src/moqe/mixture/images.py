@@ -29,7 +29,7 @@ from moqe.router.network_router import NetworkRouter
 from moqe.router.onnx_network import NETWORK, OnnxNetwork
 from moqe.runtimes.images import ReferenceImageRuntime
 from moqe.runtimes.onnx import OnnxRuntime
-from moqe.tasks.image_expert_maker import expert_file
+from moqe.tasks.image_expert_files import expert_file
 from moqe.tasks.image_models import ImageModels
 
 BASE = "base"

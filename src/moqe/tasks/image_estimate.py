@@ -19,8 +19,9 @@ from moqe.models.estimate import FLOAT32, PROCESS_BYTES, Estimate
 from moqe.progress import Progress
 from moqe.recipe import Recipe
 from moqe.schemes import Scheme
-from moqe.tasks.image_expert_maker import expert_file_bytes
+from moqe.tasks.image_expert_files import expert_file_bytes
 from moqe.tasks.image_models import FoldedClassifier, ImageModels
+from moqe.tasks.image_specialists import family_passes
 
 BASE = "base"
 FAKE_QUANTIZATION = 1.5
@@ -53,12 +54,10 @@ def estimate_images(
                 measured[id(one)] = forward_seconds(one)
                 advance(1)
     seconds = {name: measured[id(one)] for name, one in folded.items()}
-    making = {
-        expert.name: seconds[expert.name]
-        * FAKE_QUANTIZATION
-        * VISION_METHODS[expert.method].forward_passes(expert, calibration)
-        for expert in recipe.experts
-    }
+    passes = {
+        expert.name: VISION_METHODS[expert.method].forward_passes(expert, calibration) for expert in recipe.experts
+    } | family_passes(recipe, calibration)
+    making = {name: seconds[name] * FAKE_QUANTIZATION * count for name, count in passes.items()}
     sizes = {name: expert_file_bytes(folded[name], scheme) for name, scheme in schemes.items()}
     largest = max(folded.values(), key=lambda one: one.parameters)
     scored = (router + test) * (seconds[BASE] + FAKE_QUANTIZATION * sum(seconds[name] for name in schemes))

@@ -32,7 +32,8 @@ from moqe.router.onnx_network import NETWORK, write_network
 from moqe.runtimes.images import IMAGE_RUNTIMES, ImageRuntime, ReferenceImageRuntime
 from moqe.store import read_json
 from moqe.tasks.image_estimate import estimate_images
-from moqe.tasks.image_expert_maker import ImageExpertMaker, expert_file, expert_file_bytes
+from moqe.tasks.image_expert_files import expert_file, expert_file_bytes
+from moqe.tasks.image_expert_maker import ImageExpertMaker
 from moqe.tasks.image_models import ImageModels
 from moqe.tasks.task import ExpertFacts
 
@@ -113,7 +114,8 @@ class ImageTask:
     def make_experts(self, progress: Progress) -> None:
         """Quantize what is not yet on disk, expert by expert."""
         samples = self._splits["calibration"]
-        ImageExpertMaker(self.recipe, self.schemes, self.models, self.folder).run(samples, progress)
+        maker = ImageExpertMaker(self.recipe, self.schemes, self.models, self.folder)
+        maker.run(samples, lambda: self.features("calibration", WHOLE), progress)
         if not (self.folder.shared / DESCRIPTION).exists():
             base = self.models.folded(BASE)
             names = (BASE, *self.schemes)
