@@ -22,7 +22,7 @@ EXTRAS = {
     "pillow": "vision",
     "scikit-learn": "vision",
     "compressed-tensors": "test",
-    "xllamacpp": "test",
+    "xllamacpp": "gguf",
 }
 CPU_FLAGS = {
     "avx2": "AVX2",

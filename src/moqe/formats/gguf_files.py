@@ -65,6 +65,10 @@ class GgufFiles:
         """Parameters that this expert replaces; those of our shared second file are the base's own and not listed."""
         return [name for name in self._origin if name not in self._shared]
 
+    def holds(self, name: str) -> bool:
+        """Whether the files hold a parameter, the base's own in our second file included."""
+        return name in self._origin
+
     def load(self, name: str) -> Quantized | Tensor:
         """One parameter: a BlockTensor, or a float tensor in the type it is stored in.
 
