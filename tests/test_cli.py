@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_help_names_every_verb(run: Run) -> None:
     said = run("--help")
-    for verb in ("quickstart", "build", "evaluate", "route", "generate", "inspect", "doctor"):
+    for verb in ("quickstart", "build", "evaluate", "route", "generate", "inspect", "export", "doctor"):
         assert verb in said
 
 
@@ -117,6 +117,14 @@ def test_text_from_standard_input(built: Path, run: Run, monkeypatch: pytest.Mon
     expected = run("route", built, "the old river", "--json")
     monkeypatch.setattr(sys, "stdin", io.StringIO("the old river"))
     assert run("route", built, "-", "--json") == expected
+
+
+def test_export(built: Path, run: Run, tmp_path: Path) -> None:
+    said = run("export", built, "--to", "gguf", "--expert", "gptq", "--expert", "kq", "--out", tmp_path / "files")
+    assert "gptq.gguf" in said
+    assert (tmp_path / "files" / "kq.Modelfile").exists()
+    found = json.loads(run("export", built, "--to", "gguf", "--expert", "rtn", "--out", tmp_path / "more", "--json"))
+    assert found["experts"]["rtn"]["lossless"] is True
 
 
 def test_inspect_and_verify(built: Path, run: Run) -> None:

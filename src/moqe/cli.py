@@ -273,7 +273,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A new folder; by default the mixture's name and the format.")
     ] = None,
-    expert: Annotated[list[str], typer.Option(help="Only this one; may be given several times.")] = [],  # noqa: B006
+    experts: Annotated[list[str], typer.Option("--expert", help="Only this one; may be given several times.")] = [],  # noqa: B006
     rounding: Annotated[
         bool, typer.Option("--rounding", help="Let GGUF round scales where that makes a file possible or smaller.")
     ] = False,
@@ -282,13 +282,15 @@ def export(
     """Write experts as plain files for llama.cpp, Ollama, LM Studio, transformers, vLLM or ONNX Runtime."""
     from moqe.export import export as write
 
-    done = write(folder, to, out, experts=expert, rounding=rounding, progress=Bars())
+    done = write(folder, to, out, experts=experts, rounding=rounding, progress=Bars())
     if as_json:
         _emit(done)
         return
     for name, entry in done.experts.items():
         largest = max((found["largest_error"] for found in entry.get("rounded", {}).values()), default=0.0)
-        note = f"  [yellow]scales rounded, largest error {largest:.1e} of the largest weight[/yellow]" if largest else ""
+        note = (
+            f"  [yellow]scales rounded, largest error {largest:.1e} of the largest weight[/yellow]" if largest else ""
+        )
         _say(f"  {escape(name):24} {escape(str(done.folder / (entry.get('file') or entry['folder'])))}{note}")
 
 
