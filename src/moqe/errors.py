@@ -9,6 +9,7 @@
     |-- UnsupportedLayer       a method cannot do a layer, and the recipe does not allow a substitution
     |-- NumericalError         non-finite weights, activations, statistics or losses
     |-- ProtocolError          losses measured by different rules or runtimes were about to be mixed
+    |-- RemoteError            a server that runs an expert is not reachable, refuses, or lacks what is asked of it
     |-- FolderBusy             the folder cannot be had: another process builds in it, or it is no folder
     |-- DiskFull               not enough room for what is about to be written
     `-- MissingExtra           an optional dependency is absent; the message holds the install line
@@ -57,6 +58,10 @@ class NumericalError(MoqeError):
 
 class ProtocolError(MoqeError):
     """Losses measured by different rules or runtimes were about to be mixed."""
+
+
+class RemoteError(MoqeError):
+    """A server that runs an expert is not reachable, refuses, or lacks what is asked of it; the message has its URL."""
 
 
 class FolderBusy(MoqeError):
