@@ -14,7 +14,6 @@ What is fitted is kept under `.work`, so an interrupted build goes on with the m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -93,7 +92,7 @@ class ImageSpecialists:
         self.generalist, *self.specialists = recipe.family
         self.folded: FoldedClassifier = models.folded(GENERALIST)
         self.images = PreparedImages(samples, self.folded.classifier.preprocessing, self.folded.example.device)
-        self.train, self.held_out = held_out_rows(samples, self.options, recipe.seed)
+        self.train, self.held_out = held_out_rows(len(samples), self.options, recipe.seed)
 
     def run(self, progress: Progress) -> None:
         """Make every member that is not complete. Raises what methods and formats raise.
@@ -108,9 +107,10 @@ class ImageSpecialists:
         found = clusters(self.features().pooled(), len(names), self.recipe.seed, "calibration images")
         label = torch.tensor(found)
         members = [general, *self._round(label, 0, progress)]
+        everything = torch.arange(len(self.samples))
         rounds, score = list[dict[str, float]](), self._score(members) if self.options.rounds else 0.0
         for number in range(1, self.options.rounds + 1):
-            assigned = torch.stack([self._losses(member) for member in members[1:]], dim=1).argmin(1)
+            assigned = torch.stack([self._losses(member, everything) for member in members[1:]], dim=1).argmin(1)
             again = [general, *self._round(assigned, number, progress)]
             now = self._score(again)
             rounds.append({"round": number, "before": significant(score), "after": significant(now)})
@@ -131,7 +131,8 @@ class ImageSpecialists:
             for weight in (self.options.own_weight,) if self.options.own_weight else OWN_WEIGHTS:
                 member = self._fit(expert, own, weight, number, progress)
                 rows = self.held_out[own[self.held_out]]
-                loss = float(self._losses(member)[rows].mean()) if len(rows) and not self.options.own_weight else 0.0
+                undecided = len(rows) > 0 and self.options.own_weight is None
+                loss = float(self._losses(member, rows).mean()) if undecided else 0.0
                 tried.append((loss, member))
             found.append(min(tried, key=lambda pair: pair[0])[1])  # the first of equals
         return found
@@ -171,15 +172,16 @@ class ImageSpecialists:
             write_json(folder / _NOTES, {name: dict(note) for name, note in result.notes.items()})
         return VisionResult(read_onnx_layers(expert_file(folder)), read_json(folder / _NOTES))
 
-    def _losses(self, member: Fitted) -> Tensor:
-        """A member's loss on every calibration image: float32, (n,).
+    def _losses(self, member: Fitted, rows: Tensor) -> Tensor:
+        """A member's loss on the calibration images at `rows`, int64 (m,): float32, (m,).
 
         KL(base || member) in nats; cross-entropy with the labels where the method learns from them.
         """
-        logits = logits_of(quantize_network(self.folded.network, member.layers), self.images)
+        images = RepeatedImages(self.images, rows)
+        logits = logits_of(quantize_network(self.folded.network, member.layers), images)
         if self.options.method == "qat" and self.generalist.qat.loss == "labels":
-            return cross_entropy(logits, self.images.labels, reduction="none").cpu()
-        truth = self._truth
+            return cross_entropy(logits, images.labels, reduction="none").cpu()
+        truth = self._truth[rows.to(logits.device)]
         return kl_div(logits.log_softmax(-1), truth, reduction="none", log_target=True).sum(-1).cpu()
 
     @cached_property
@@ -189,7 +191,7 @@ class ImageSpecialists:
 
     def _score(self, members: Sequence[Fitted]) -> float:
         """The family's mean loss on held-out images: see the head of this file."""
-        losses = torch.stack([self._losses(member)[self.held_out] for member in members], dim=1)
+        losses = torch.stack([self._losses(member, self.held_out) for member in members], dim=1)
         document = tuple(self.samples.document[row] for row in self.held_out.tolist())
         return routed_loss(SelectedFeatures(self.features(), self.held_out), losses, document, self.recipe.seed)
 
@@ -198,32 +200,26 @@ class ImageSpecialists:
         link(expert_file(member.folder), expert_file(self.folder.expert(expert.name)))
         made = VisionResult(member.layers, member.notes)
         found = certify(expert, records(expert, self.scheme, self.folded.sites, made, member.images), calibrated=True)
-        certificate = replace(found, codes_of=expert.codes_of, specialised=json.loads(json.dumps(facts)))
+        certificate = replace(found, codes_of=expert.codes_of, specialised=dict(facts))
         write_json(self.folder.certificate(expert.name), certificate.to_json())
 
 
-def held_out_rows(samples: ImageSamples, options: Specialists, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit to and rows to choose by, of every class its share; nothing is held out where nothing is chosen.
+def held_out_rows(count: int, options: Specialists, seed: int) -> tuple[Tensor, Tensor]:
+    """Of `count` images the rows to fit to and those to choose by; nothing is held out where nothing is chosen.
 
     Raises DataError where too few images are left to choose by.
     """
     if not options.rounds and options.own_weight is not None:
-        return torch.arange(len(samples)), torch.empty(0, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for label in sorted(set(samples.labels.tolist())):
-        rows = torch.where(samples.labels == label)[0]
-        kept.append(rows[torch.randperm(len(rows), generator=generator)[: round(HELD_OUT * len(rows))]])
-    held_out = torch.cat(kept).sort().values
-    if len(held_out) < 2 * FOLDS:
+        return torch.arange(count), torch.empty(0, dtype=torch.int64)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    size = round(HELD_OUT * count)
+    if size < 2 * FOLDS:
         raise DataError(
-            f"{len(held_out)} of {len(samples)} calibration images would choose between specialists, and "
-            f"{2 * FOLDS} are needed: raise data.calibration_samples to {10 * FOLDS} images of a class or more, or "
-            "set specialists.own_weight and leave rounds out"
+            f"{size} of {count} calibration images would choose between specialists, and {2 * FOLDS} are needed: raise "
+            f"data.calibration_samples to {round(2 * FOLDS / HELD_OUT)} or more, or set specialists.own_weight and "
+            "leave rounds out"
         )
-    inside = torch.zeros(len(samples), dtype=torch.bool)
-    inside[held_out] = True
-    return torch.where(~inside)[0], held_out
+    return order[size:].sort().values, order[:size].sort().values
 
 
 def routed_loss(features: Features, losses: Tensor, document: tuple[str, ...], seed: int) -> float:
