@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -30,13 +32,7 @@ def install(
     device = next(tensor.device for tensor in model.parameters() if not tensor.is_meta)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = expert.names()
-    lacking = sorted(name for name in set(parameters) - set(names) if in_block(name))
-    unknown = sorted(name for name in set(names) - set(parameters) if not _is_redundant(name, expert))
-    names = [name for name in names if name in parameters]
-    if lacking or unknown:
-        example = f"it lacks {lacking[0]}" if lacking else f"the base model has no {unknown[0]}"
-        raise CheckpointError(f"expert {expert_name} does not belong to this base model: {example}")
+    names = stored_names(parameters, expert, expert_name)
     advance(len(expert.names()) - len(names))  # those that change nothing
     replaced: dict[int, nn.Parameter] = {}
     coded: dict[str, PackedTensor] = {}
@@ -71,6 +67,20 @@ def install(
         bits = expert.activation_bits(name)
         if bits < 16:
             quantize_inputs(modules[name.rpartition(".")[0]], bits)
+
+
+def stored_names(parameters: Collection[str], expert: ExpertFiles, expert_name: str) -> list[str]:
+    """The model's parameters, by name, that an expert brings; what changes nothing is left out.
+
+    Raises CheckpointError when it has parameters that the model lacks, or too few to cover the decoder's blocks.
+    """
+    names = expert.names()
+    lacking = sorted(name for name in set(parameters) - set(names) if in_block(name))
+    unknown = sorted(name for name in set(names) - set(parameters) if not _is_redundant(name, expert))
+    if lacking or unknown:
+        example = f"it lacks {lacking[0]}" if lacking else f"the base model has no {unknown[0]}"
+        raise CheckpointError(f"expert {expert_name} does not belong to this base model: {example}")
+    return [name for name in names if name in parameters]
 
 
 def _stored(

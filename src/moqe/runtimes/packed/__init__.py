@@ -1,0 +1,1 @@
+"""The packed runtime: experts at low-bit speed, on kernels that PyTorch ships."""
