@@ -1,0 +1,193 @@
+"""The tables of `benchmarks.specialists`, from what every run keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.tables import table
+from moqe.data.protocols import WHOLE
+from moqe.evaluate import BASE, intervals
+from moqe.evaluate.format import number, signed_interval
+from moqe.store import read_json
+
+GENERALIST, LABEL, BEST, MIXTURE = "generalist", "domain label", "best single", "router mixture"
+GROUP = 64
+MATCHED = "matched"  # instead of specialists: a single expert of about the mixture's bytes in storage
+SMALLEST_GAIN = {4: 0.008, 3: 0.02}  # nats that the mixture should win
+RESAMPLES = 2000
+Outcomes = dict[str, Any]  # what one run keeps
+
+
+def sections(work: Path) -> dict[str, str]:
+    """A section for every width and variant that a folder holds, pooled over its seeds, by name."""
+    found: dict[str, list[Outcomes]] = {}
+    for place in sorted(work.glob("[234]-*")):
+        runs = [_run(path) for path in sorted(place.glob("*/outcomes.json"))]
+        if runs:
+            found[place.name] = runs
+    written = {}
+    for name, runs in found.items():
+        bits, variant, *rest = name.split("-", 2)
+        if variant == MATCHED:
+            continue
+        more = ("4-matched", "imatrix-q5") if bits == "4" else (f"{int(bits) + 1}-codes", GENERALIST)
+        _match(runs, found.get(more[0], []), more[1], f"{more[1]}, {int(bits) + 1} bits")
+        held = rest[0].removeprefix("without-") if rest else ""
+        written[name] = section(int(bits), variant, runs, held)
+    return written
+
+
+def _run(path: Path) -> Outcomes:
+    """What a run keeps, in one: its outcomes and what was measured with the finished experts."""
+    found: Outcomes = read_json(path)
+    for name in ("memory", "held-out"):
+        extra = path.with_name(f"{name}.json")
+        if extra.exists():
+            found[name] = read_json(extra)
+    return found
+
+
+def _match(runs: list[Outcomes], others: list[Outcomes], expert: str, line: str) -> None:
+    """Add a line for a single expert of more bits, from the runs on the same test windows."""
+    for run in runs:
+        for other in others:
+            for protocol, mine in run["protocols"].items():
+                theirs = other["protocols"][protocol]
+                if (mine["document"], mine["count"]) == (theirs["document"], theirs["count"]):
+                    mine["ways"][line] = theirs["ways"][expert]
+                    run["more bytes"] = other["bytes"]["one"]
+
+
+def pooled(found: list[Outcomes], protocol: str) -> tuple[dict[str, NDArray[np.float64]], NDArray[Any], Any, Any]:
+    """Losses by way, documents, token counts and domains over the seeds."""
+    parts = [one["protocols"][protocol] for one in found]
+    ways = {
+        name: np.concatenate([np.asarray(part["ways"][name]) for part in parts])
+        for name in parts[0]["ways"]
+        if all(name in part["ways"] for part in parts)
+    }
+    document = np.concatenate([np.asarray(part["document"]) for part in parts])
+    count = np.concatenate([np.asarray(part["count"]) for part in parts])
+    return ways, document, count, np.concatenate([np.asarray(part["domain"]) for part in parts])
+
+
+def section(bits: int, variant: str, found: list[Outcomes], hold_out: str) -> str:
+    """The tables of one width and variant, pooled over its seeds."""
+    text = [f"### {bits} bits, group {GROUP}, specialists: {variant}" + (f", without {hold_out}" if hold_out else "")]
+    for protocol in found[0]["protocols"]:
+        ways, document, count, domain = pooled(found, protocol)
+        text.append(claim(ways, document, count, bits))
+        names = [name for name in ways if name != BEST]
+        values = np.stack([ways[name] for name in names], axis=1)
+        against = {other: values - ways[other][:, None] for other in (BEST, GENERALIST)}
+        bounds = {
+            other: intervals(document, difference, count, RESAMPLES, 0, differences=True)
+            for other, difference in against.items()
+        }
+        rows = [
+            [
+                name,
+                number(float(values[:, column].sum() / count.sum())),
+                *(signed_interval(bounds[other][column]) for other in against),
+            ]
+            for column, name in enumerate(names)
+        ]
+        chosen = ", ".join(sorted({one["protocols"][protocol][BEST] for one in found}))
+        header = ["line", "nats", f"minus best single ({chosen}) [95 %]", "minus generalist [95 %]"]
+        many = f"{len(found)} seed{'s' if len(found) > 1 else ''}"
+        text.append(f"**{protocol}**, {len(document)} windows, {many}.\n\n{table(header, rows)}")
+        text.append(by_domain(ways, document, count, domain))
+    text += [recovered(found), stored(found)]
+    text += [
+        made(found) for made, name in ((memory, "memory"), (held_out, "held-out")) if all(name in x for x in found)
+    ]
+    return "\n\n".join(text)
+
+
+def stored(found: list[Outcomes]) -> str:
+    """Bytes in storage."""
+    one, family = (float(np.mean([each["bytes"][key] for each in found])) for key in ("one", "family"))
+    text = f"Generalist and specialists together take {family / one:.3f} times the bytes of one expert"
+    if all("more bytes" in each for each in found):
+        more = float(np.mean([each["more bytes"] for each in found]))
+        text += f", the single expert of more bits {more / one:.3f} times"
+    return text + ". Per token one expert's bytes are read."
+
+
+def memory(found: list[Outcomes]) -> str:
+    """The mixture minus the generalist, by how many bytes the specialists' own scales may take."""
+    (protocol, *_) = found[0]["protocols"]
+    ways, document, count, _ = pooled(found, protocol)
+    rows = []
+    for point in range(len(found[0]["memory"])):
+        loss = np.concatenate([np.asarray(one["memory"][point]["loss"]) for one in found])
+        spent = float(np.mean([one["memory"][point]["memory"] for one in found]))
+        difference = (loss - ways[GENERALIST])[:, None]
+        (bound,) = intervals(document, difference, count, RESAMPLES, 0, differences=True)
+        rows.append([f"{spent:.3f}", signed_interval(bound)])
+    header = ["bytes of generalist and specialists, in one expert's", "learned router minus generalist [95 %]"]
+    return f"**Memory**, {protocol}: only some blocks have scales of their own.\n\n{table(header, rows)}"
+
+
+def held_out(found: list[Outcomes]) -> str:
+    """What a domain loses that neither the router nor a specialist is for."""
+    rows = []
+    for domain in found[0]["held-out"]:
+        parts = [one["held-out"][domain] for one in found if domain in one["held-out"]]
+        difference, count = (np.concatenate([np.asarray(part[key]) for part in parts]) for key in ("loss", "count"))
+        document = np.concatenate([np.asarray(part["document"]) for part in parts])
+        (bound,) = intervals(document, difference[:, None], count, RESAMPLES, 0, differences=True)
+        share = float(np.mean([part["generalist"] for part in parts]))
+        rows.append([domain, signed_interval(bound), f"{100 * share:.0f} %"])
+    header = ["domain", "logistic router minus generalist [95 %]", "to the generalist"]
+    return (
+        "**Unknown to the router**: without the domain's specialist, the logistic router fitted to the others only. "
+        f"(Experts' calibration had seen it.)\n\n{table(header, rows)}"
+    )
+
+
+def by_domain(ways: dict[str, NDArray[np.float64]], document: NDArray[Any], count: Any, domain: Any) -> str:
+    """Every specialist and the mixture minus the generalist, by domain of the test windows."""
+    names = [name for name in ways if name.startswith("for-")] + [MIXTURE]
+    found = np.unique(domain)
+    rows = []
+    for name in names:
+        cells = []
+        for one in found:
+            part = domain == one
+            difference = (ways[name] - ways[GENERALIST])[part, None]
+            (bound,) = intervals(document[part], difference, count[part], RESAMPLES, 0, differences=True)
+            cells.append(signed_interval(bound))
+        rows.append([name, *cells])
+    return table(["minus generalist [95 %]", *found], rows)
+
+
+def claim(ways: dict[str, NDArray[np.float64]], document: NDArray[Any], count: Any, bits: int) -> str:
+    """Whether the mixture wins, by how much of what was aimed at, and how much of the label's gain it collects."""
+    gains = np.stack([ways[BEST] - ways[name] for name in (MIXTURE, LABEL)], axis=1)
+    mixture, label = intervals(document, gains, count, RESAMPLES, 0, differences=True)
+    wins = mixture.excludes_zero() and mixture.value > 0
+    aim = SMALLEST_GAIN.get(bits)
+    parts = [
+        f"The mixture {'wins' if wins else 'does not win'}: {mixture.value:+.4f} nats against the best single expert"
+    ]
+    if aim is not None:
+        parts.append(f"{'at least' if wins and mixture.value >= aim else 'less than'} the {aim} aimed at")
+    if label.value > 0:
+        parts.append(
+            f"{100 * mixture.value / label.value:.0f} % of what the domain label would gain ({label.value:+.4f})"
+        )
+    return "; ".join(parts) + "."
+
+
+def recovered(found: list[dict[str, Any]]) -> str:
+    """How much of gptq's loss against the base distillation alone takes back."""
+    ways, document, count, _ = pooled(found, WHOLE)
+    gap, left = (float((ways[name] - ways[BASE]).sum() / count.sum()) for name in ("gptq", GENERALIST))
+    (bound,) = intervals(document, (ways[GENERALIST] - ways["gptq"])[:, None], count, RESAMPLES, 0, differences=True)
+    text = f"Distillation alone: {signed_interval(bound)} nats against gptq"
+    return text + (f", {100 * (1 - left / gap):.0f} % of its loss against the base." if gap > 0 else ".")
