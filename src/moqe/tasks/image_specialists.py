@@ -103,8 +103,8 @@ class ImageSpecialists:
         if not unfinished:
             return
         general = self._fit(self.generalist, torch.zeros(len(self.samples), dtype=torch.bool), 1.0, 0, progress)
-        names = [expert.name for expert in self.specialists]
-        found = clusters(self.features().pooled(), len(names), self.recipe.seed, "calibration images")
+        self._place(self.generalist, general)  # now: the router may see images through it
+        found = clusters(self.features().pooled(), len(self.specialists), self.recipe.seed, "calibration images")
         label = torch.tensor(found)
         members = [general, *self._round(label, 0, progress)]
         everything = torch.arange(len(self.samples))
@@ -195,9 +195,13 @@ class ImageSpecialists:
         document = tuple(self.samples.document[row] for row in self.held_out.tolist())
         return routed_loss(SelectedFeatures(self.features(), self.held_out), losses, document, self.recipe.seed)
 
+    def _place(self, expert: Expert, member: Fitted) -> None:
+        """Put a member's file where experts are."""
+        link(expert_file(member.folder), expert_file(self.folder.expert(expert.name)))
+
     def _finish(self, expert: Expert, member: Fitted, facts: Mapping[str, Any]) -> None:
         """Put a member where experts are, its certificate last."""
-        link(expert_file(member.folder), expert_file(self.folder.expert(expert.name)))
+        self._place(expert, member)
         made = VisionResult(member.layers, member.notes)
         found = certify(expert, records(expert, self.scheme, self.folded.sites, made, member.images), calibrated=True)
         certificate = replace(found, codes_of=expert.codes_of, specialised=dict(facts))
