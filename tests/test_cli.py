@@ -40,6 +40,16 @@ def test_help_names_every_verb(run: Run) -> None:
         assert verb in said
 
 
+@pytest.mark.parametrize("words", [("build",), ("build", "a", "b"), ("bild",), ("build", "a", "--sed", "b")])
+def test_wrong_use_is_explained_without_a_traceback(
+    words: tuple[str, ...], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(*words)
+    assert stopped.value.code == 2
+    assert "Error: " in capsys.readouterr().err
+
+
 def test_every_verb_is_a_public_function_with_the_same_options() -> None:
     group: Any = typer.main.get_command(cli.app)
     of_the_command_line = {"build": {"dry_run"}}  # `moqe.plan`

@@ -377,9 +377,9 @@ def main() -> None:
         Console(stderr=True).print("interrupted: the same command continues where it stopped", soft_wrap=True)
         sys.exit(130)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(2)
-        raise
+        # A wrong use of the command line. Typer has a copy of click of its own, so the class cannot be named.
+        show = getattr(error, "show", None)
+        if show is None or not hasattr(error, "format_message"):
+            raise
+        show()
+        sys.exit(2)
