@@ -28,7 +28,7 @@ FLOORS = {
     2: {"runtimes"},
     3: {"router", "tasks"},
     4: {"mixture", "evaluate"},
-    5: {"advice", "build", "measure", "doctor", "export", "verbs"},
+    5: {"advice", "build", "measure", "doctor", "export", "speed", "verbs"},
     6: {"cli"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

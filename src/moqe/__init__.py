@@ -22,11 +22,13 @@ from moqe.errors import MoqeError
 from moqe.export import Export, export
 from moqe.mixture import Classification, Decision, Generation, Mixture, Score, inspect, load
 from moqe.recipe import Recipe, load_recipe, parse_recipe
+from moqe.speed import Bench, bench
 from moqe.verbs import classify, generate, quickstart, route
 from moqe.version import __version__
 
 __all__ = [
     "Advice",
+    "Bench",
     "BuildResult",
     "Classification",
     "Decision",
@@ -39,6 +41,7 @@ __all__ = [
     "Score",
     "__version__",
     "advise",
+    "bench",
     "build",
     "classify",
     "doctor",

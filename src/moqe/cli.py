@@ -294,6 +294,39 @@ def export(
         _say(f"  {escape(name):24} {escape(str(done.folder / (entry.get('file') or entry['folder'])))}{note}")
 
 
+@app.command()
+def bench(
+    folder: Dir,
+    runtime: Annotated[
+        str | None, typer.Option(help="packed, packed-float32, llama.cpp or onnx; by default what suits each expert.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Measured answers of each.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of one answer; by default torch's number.")] = None,
+    memory: Annotated[bool, typer.Option(help="Start a process for each to see what stays in memory.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Measure latency, tokens per second and memory of every expert, the router and the mixture."""
+    from moqe.speed import bench as measure
+    from moqe.speed.page import bench_renderable
+
+    found = measure(
+        folder,
+        runtime=runtime,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        requests=requests,
+        threads=threads,
+        memory=memory,
+        progress=Bars(),
+    )
+    if as_json:
+        _emit(found)
+    else:
+        Console().print(bench_renderable(found))
+
+
 class _Lists(typer.core.TyperCommand):
     """A command whose list options take all values up to the next option: `--bits 2 3 4`."""
 
