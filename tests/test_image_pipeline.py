@@ -21,6 +21,7 @@ from moqe.router import VectorFeatures, load_router
 from moqe.router.network_router import NetworkRouter
 from moqe.router.onnx_network import OnnxNetwork
 from moqe.runtimes.images import IMAGE_RUNTIMES
+from moqe.runtimes.texts import TEXT_RUNTIMES
 from moqe.tasks.image_expert_files import expert_file
 from moqe.tasks.images import ImageTask
 
@@ -258,7 +259,7 @@ def test_keys_that_only_the_other_task_reads_are_refused(task: str, recipe_conte
 
 def test_every_runtime_of_the_recipe_exists() -> None:
     wanted = moqe.Recipe.model_fields["runtime"].annotation.__args__  # type: ignore[union-attr]
-    assert set(wanted) == {*IMAGE_RUNTIMES, "bfloat16"}  # of texts
+    assert set(wanted) == {*IMAGE_RUNTIMES, *TEXT_RUNTIMES}
 
 
 def test_verbs_of_the_other_task_are_refused(digits: Path, built: Path) -> None:

@@ -78,13 +78,14 @@ class Recipe(Options):
     """Everything about a mixture. See the class of each section for its options.
 
     `weights`: a state dict for a base that is `package.module:factory` or `timm:<name>`. `runtime`: what computes the
-    losses; `onnx` is for images, `bfloat16` (the reference with products in that type) for texts.
+    losses; `onnx` is for images, `bfloat16` (the reference with products in that type), `packed` and `packed-float32`
+    (low-bit kernels) for texts.
     """
 
     base: str
     weights: str = ""
     task: Literal["language", "image-classification"] = "language"
-    runtime: Literal["reference", "bfloat16", "onnx"] = "reference"
+    runtime: Literal["reference", "bfloat16", "packed", "packed-float32", "onnx"] = "reference"
     data: Data
     experts: tuple[Expert, ...] = ()
     specialists: Specialists | None = None
@@ -102,7 +103,7 @@ class Recipe(Options):
         if twice:
             raise ValueError(f"expert names must differ, and {', '.join(twice)} stands twice")
         self._refuse_other_tasks_keys()
-        if self.runtime == {"language": "onnx", "image-classification": "bfloat16"}[self.task]:
+        if self.runtime != "reference" and (self.runtime == "onnx") != (self.task == "image-classification"):
             raise ValueError(f"runtime {self.runtime} does not exist where task is {self.task}: remove it")
         if self.task == "language" and self.protocol.prefix >= self.data.window:
             raise ValueError(

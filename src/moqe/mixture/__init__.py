@@ -34,12 +34,17 @@ __all__ = [
 ]
 
 
-def load(folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> Mixture:
+def load(
+    folder: Path | str, device: str = "cpu", progress: Progress | None = None, runtime: str | None = None
+) -> Mixture:
     """Open a mixture's folder. `progress` shows files being verified.
 
-    Raises CheckpointError when the folder is half-built, damaged, no mixture, or of a task this version lacks.
+    runtime: what runs the experts. Texts: `reference` (the default: exact), `packed` (low-bit kernels), and others, see
+    `moqe.runtimes.texts`. Images: `onnx`.
+    Raises CheckpointError when the folder is half-built, damaged, no mixture, or of a task this version lacks;
+    MoqeError for a runtime that the task has not; ModelError for a model that the runtime cannot run.
     """
     task = read_manifest(MixtureFolder(Path(folder)))["task"]
     if task not in MIXTURES:
         raise CheckpointError(f"{folder} is a mixture for {task!r}; {did_you_mean(task, MIXTURES)}")
-    return MIXTURES[task](folder, device, progress)
+    return MIXTURES[task](folder, device, progress, runtime)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moqe.data.decoding import decode
-from moqe.errors import DataError
+from moqe.errors import DataError, MoqeError
 from moqe.mixture.mixture import Decision, Mixture
 from moqe.models.image_features import backbone_features
 from moqe.models.image_shared import STEM, ImageShared, read_image_shared
@@ -61,7 +61,15 @@ class ImageMixture(Mixture):
     Raises MissingExtra without the packages of the extra `vision`.
     """
 
-    def __init__(self, folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        runtime: str | None = None,
+    ) -> None:
+        if runtime not in (None, "onnx"):
+            raise MoqeError(f"a mixture for images runs in onnx, not in {runtime!r}: leave the runtime out")
         super().__init__(folder, device, progress)
         self._shared: ImageShared = read_image_shared(self.folder.shared)
         self._runtimes: dict[str, OnnxRuntime] = {}

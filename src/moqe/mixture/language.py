@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from moqe.data.protocols import visible_tokens
-from moqe.errors import MoqeError
+from moqe.errors import MoqeError, did_you_mean
 from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
-from moqe.formats.shared_codes import SharedCodes, in_common
+from moqe.formats.shared_codes import in_common
 from moqe.mixture.mixture import Decision, Mixture
 from moqe.models.shared import SharedParts, open_shared
 from moqe.progress import Progress
 from moqe.router import TokenFeatures
-from moqe.runtimes.reference import ReferenceRuntime
+from moqe.runtimes.runtime import Runtime
+from moqe.runtimes.texts import TEXT_RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,26 @@ class Generation:
 
 
 class LanguageMixture(Mixture):
-    """A mixture of language models; see `Mixture` for opening one."""
+    """A mixture of language models; see `Mixture` for opening one.
 
-    def __init__(self, folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> None:
+    runtime: what runs the experts, one of `TEXT_RUNTIMES`; by default the reference. Raises MoqeError for another name,
+    ModelError for a model that the runtime cannot run.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        runtime: str | None = None,
+    ) -> None:
+        engine = runtime or "reference"
+        if engine not in TEXT_RUNTIMES:
+            raise MoqeError(f"no runtime {engine!r} for texts; {did_you_mean(engine, TEXT_RUNTIMES)}")
         super().__init__(folder, device, progress)
         self._shared: SharedParts = open_shared(self.folder.shared, self.folder.shared / SHARED_TENSORS, device)
-        self._runtimes: dict[str, ReferenceRuntime] = {}
-        self._codes = SharedCodes(device)
+        self._runtimes: dict[str, Runtime] = {}
+        self._engine = TEXT_RUNTIMES[engine](self._shared.model, device)
 
     @property
     def tokenizer(self) -> Any:
@@ -114,19 +128,13 @@ class LanguageMixture(Mixture):
         )
         return Generation(self.tokenizer.decode(new, skip_special_tokens=True), new, name, reason)
 
-    def runtime(self, expert: str) -> ReferenceRuntime:
+    def runtime(self, expert: str) -> Runtime:
         """The runtime of one expert, loaded and verified on first use. Raises MoqeError on an unknown name."""
         if expert not in self._runtimes:
             files = open_expert(self._verified(expert))
             others = [self.folder.expert(other) for other in self.experts if other != expert]
             shares = isinstance(files, CompressedTensorsFiles) and in_common(files.code_files(), others)
-            self._runtimes[expert] = ReferenceRuntime(
-                self._shared.model,
-                files,
-                name=expert,
-                progress=self._progress,
-                codes=self._codes if shares else None,
-            )
+            self._runtimes[expert] = self._engine.open(files, expert, self._progress, shares)
         return self._runtimes[expert]
 
     def _probe(self, seen: Tensor) -> Decision:

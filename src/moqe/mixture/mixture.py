@@ -33,14 +33,20 @@ class Decision:
 
 
 class Mixture:
-    """A loaded mixture; `progress` shows files being verified.
+    """A loaded mixture; `progress` shows files being verified, `runtime` names what runs experts.
 
     Opening reads the manifest and what all experts share. An expert's weights are read when it is first used, and its
-    files are then compared with the digests in the manifest.
+    files are then compared with the digests in the manifest. What `runtime` may be is up to the task.
     Raises CheckpointError when the folder is half-built, damaged or no mixture.
     """
 
-    def __init__(self, folder: Path | str, device: str = "cpu", progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        runtime: str | None = None,
+    ) -> None:
         self.folder = MixtureFolder(Path(folder))
         self.manifest = read_manifest(self.folder)
         self._progress = progress or Silent()

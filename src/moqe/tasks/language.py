@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from moqe.data.protocols import (
@@ -46,7 +45,8 @@ from moqe.progress import Progress, Silent
 from moqe.recipe import Recipe
 from moqe.router.features import TokenFeatures
 from moqe.router.router import Router
-from moqe.runtimes.reference import ReferenceRuntime
+from moqe.runtimes.runtime import Runtime
+from moqe.runtimes.texts import TEXT_RUNTIMES
 from moqe.store import disk_bytes, read_json
 from moqe.tasks.expert_maker import ExpertMaker
 from moqe.tasks.task import ExpertFacts
@@ -72,7 +72,7 @@ class LanguageTask:
         self.decoder = Decoder.open(recipe.base, device=device)
         prefix = prefix_protocol(recipe.protocol.prefix)
         self.protocols: tuple[str, ...] = (prefix, WHOLE) if recipe.protocol.route_on == "prefix" else (WHOLE, prefix)
-        self._runtimes: dict[str, ReferenceRuntime] = {}
+        self._runtimes: dict[str, Runtime] = {}
 
     @classmethod
     def predict(cls, recipe: Recipe, device: str, progress: Progress) -> Estimate:
@@ -185,20 +185,19 @@ class LanguageTask:
     def _shared(self) -> SharedParts:
         return open_shared(self.folder.shared, self.folder.shared / SHARED_TENSORS, self.device)
 
-    def _runtime(self, expert: str) -> ReferenceRuntime:
-        """What scores an expert; only one set of float32 blocks, the base's or an expert's, is in memory at a time."""
+    def _runtime(self, expert: str) -> Runtime:
+        """What scores an expert; only one set of blocks, the base's or an expert's, is in memory at a time."""
         if expert not in self._runtimes:
             self._runtimes.clear()
             if expert == "base":
-                self._runtimes[expert] = self._reference(self.decoder.full(), None, expert)
+                self._runtimes[expert] = self._open(self.decoder.full(), None, expert)
             else:
                 files = open_expert(self.folder.expert(expert))
-                self._runtimes[expert] = self._reference(self._shared.model, files, expert)
+                self._runtimes[expert] = self._open(self._shared.model, files, expert)
         return self._runtimes[expert]
 
-    def _reference(self, model: nn.Module, files: ExpertFiles | None, name: str) -> ReferenceRuntime:
-        products = torch.bfloat16 if self.runtime_name == "bfloat16" else torch.float32
-        return ReferenceRuntime(model, files, name=name, products=products)
+    def _open(self, model: nn.Module, files: ExpertFiles | None, name: str) -> Runtime:
+        return TEXT_RUNTIMES[self.runtime_name](model, self.device).open(files, name)
 
     @cached_property
     def _embedding(self) -> Tensor:
