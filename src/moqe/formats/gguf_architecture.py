@@ -18,12 +18,14 @@ from torch import Tensor
 from moqe.errors import ModelError
 from moqe.formats.gguf_container import Value, float32, string, uint32
 from moqe.formats.gguf_names import RowOrder
-from moqe.schemes import Scheme
 
 ARCHITECTURES: dict[str, str] = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 INTERLEAVED = frozenset({"llama"})  # GGUF architectures with their own row order of queries and keys
 
 _FILE_TYPES: dict[str, LlamaFileType] = {
+    "F32": LlamaFileType.ALL_F32,
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
     "Q2_K": LlamaFileType.MOSTLY_Q2_K,
     "Q3_K": LlamaFileType.MOSTLY_Q3_K_S,
     "Q4_K": LlamaFileType.MOSTLY_Q4_K_S,
@@ -32,6 +34,7 @@ _FILE_TYPES: dict[str, LlamaFileType] = {
     "Q4_0": LlamaFileType.MOSTLY_Q4_0,
     "Q4_1": LlamaFileType.MOSTLY_Q4_1,
     "Q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "Q5_1": LlamaFileType.MOSTLY_Q5_1,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
 
@@ -54,8 +57,8 @@ def row_order(config: Any) -> RowOrder:
     return RowOrder(architecture(config) in INTERLEAVED, config.num_attention_heads, config.num_key_value_heads)
 
 
-def architecture_metadata(config: Any, scheme: Scheme) -> dict[str, Value]:
-    """The `general.*` and `<architecture>.*` metadata of a model whose linears have the block scheme `scheme`."""
+def architecture_metadata(config: Any, kind: str) -> dict[str, Value]:
+    """The `general.*` and `<architecture>.*` metadata of a model most of whose matrices have ggml's type `kind`."""
     name = architecture(config)
     head = _head_size(config)
     context = config.max_position_embeddings
@@ -64,7 +67,7 @@ def architecture_metadata(config: Any, scheme: Scheme) -> dict[str, Value]:
         "general.architecture": string(name),
         "general.type": string("model"),
         "general.quantization_version": uint32(2),
-        "general.file_type": uint32(int(_FILE_TYPES[scheme.block])),
+        "general.file_type": uint32(int(_FILE_TYPES[kind])),
         f"{name}.context_length": uint32(min(context, window) if window else context),
         f"{name}.embedding_length": uint32(config.hidden_size),
         f"{name}.block_count": uint32(config.num_hidden_layers),

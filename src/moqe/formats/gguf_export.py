@@ -3,7 +3,7 @@
 Linears become ggml blocks, see `gguf_codes`; everything else stays as it is stored: matrices in float16, bfloat16 or
 float32, vectors in float32, as llama.cpp wants them. Architecture and tokenizer are described as `GgufWriter` does it.
 Activations are no part of a GGUF file: llama.cpp rounds the inputs of quantized linears to 8 bits in its own way (by
-32 inputs), whatever the expert's scheme says.
+32 inputs), whatever the expert's scheme says. A full-precision model can be written too, as it is stored.
 
 Every tensor is decoded twice, once to find its block type and once to write it, so that one is in memory at a time.
 """
@@ -33,7 +33,6 @@ from moqe.formats.safetensors_folder import SafetensorsFolder
 from moqe.models.skeleton import build_skeleton
 from moqe.progress import Advance, ignore
 from moqe.quantized import BlockTensor, IntegerTensor
-from moqe.schemes import SCHEMES
 
 _FLOATS: dict[torch.dtype, str] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -95,11 +94,11 @@ def write_gguf(
         return (packed if rows is None else packed[rows]).contiguous().view(torch.uint8)
 
     types = Counter(record.type for record in records)
-    blocks = [kind for kind, _ in types.most_common() if kind not in _FLOATS.values()]
-    if not blocks:
-        raise CheckpointError(f"the expert for {path} has no quantized linear: there is nothing to put into blocks")
-    metadata = architecture_metadata(config, SCHEMES[blocks[0].lower()])
-    write_container(path, metadata | tokenizer_metadata(base, config.vocab_size), records, load)
+    matrices = Counter(record.type for record in records if len(record.shape) > 1)
+    metadata = architecture_metadata(config, matrices.most_common(1)[0][0]) | tokenizer_metadata(
+        base, config.vocab_size
+    )
+    write_container(path, metadata, records, load)
     return GgufExport(dict(sorted(types.items())), rounded)
 
 

@@ -49,7 +49,8 @@ class GgufWriter:
         self._blocks = number_of_blocks
         self._config = AutoConfig.from_pretrained(base)
         self._rows = row_order(self._config)
-        self._metadata = architecture_metadata(self._config, scheme) | tokenizer_metadata(base, self._config.vocab_size)
+        described = architecture_metadata(self._config, scheme.block)
+        self._metadata = described | tokenizer_metadata(base, self._config.vocab_size)
         self._base = CheckpointWeights(base)
 
     def has(self, block: int) -> bool:

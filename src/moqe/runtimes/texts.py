@@ -12,6 +12,7 @@ from torch import nn
 from moqe.formats.expert_files import ExpertFiles
 from moqe.formats.shared_codes import SharedCodes
 from moqe.progress import Progress
+from moqe.runtimes.llamacpp_engine import LlamaCppEngine
 from moqe.runtimes.packed.parts import PackedSkeleton
 from moqe.runtimes.packed.runtime import PRECISIONS, PackedRuntime
 from moqe.runtimes.reference import ReferenceRuntime
@@ -64,5 +65,6 @@ TEXT_RUNTIMES: dict[str, Callable[[nn.Module, str], TextEngine]] = {
     "reference": partial(ReferenceEngine, torch.float32),
     "bfloat16": partial(ReferenceEngine, torch.bfloat16),
     **{name: partial(PackedEngine, precision) for name, precision in PRECISIONS.items()},
+    "llama.cpp": LlamaCppEngine,
 }
 """By the name that stands beside their numbers: (model, device) to an engine."""

@@ -67,10 +67,9 @@ def contestants(
 def _language(
     folder: Path, runtime: str | None, work: Path, prompt_tokens: int, new_tokens: int, progress: Progress
 ) -> list[Contestant]:
-    if runtime == LLAMA:
-        mixture = load(folder, progress=progress)
-    else:
-        mixture = load(folder, progress=progress, runtime=runtime or PACKED)
+    # In llama.cpp files are opened one by one, from `work`: writing them would stay in this process's memory.
+    opened = "reference" if runtime == LLAMA else runtime or PACKED
+    mixture = load(folder, progress=progress, runtime=opened)
     assert isinstance(mixture, LanguageMixture)
     requests = prompts(mixture.tokenizer, prompt_tokens)
     engines: dict[str, Runtime] = {}

@@ -281,7 +281,7 @@ def test_what_llama_cpp_cannot_run_is_refused(family: str, options: dict[str, An
     if "rope_parameters" in options:
         options = {"rope_parameters": {"rope_theta": 10000.0, **options["rope_parameters"]}}
     with pytest.raises(ModelError, match=message):
-        architecture_metadata(AutoConfig.for_model(family, **options), scheme("q4_k"))
+        architecture_metadata(AutoConfig.for_model(family, **options), "Q4_K")
 
 
 def test_llama3_factors_keep_fast_and_divide_slow_frequencies() -> None:
