@@ -89,9 +89,9 @@ class BagKernels:
         if self._wide:
             codes.copy_(table[:, :outputs]).sub_(128)
         else:
-            codes[:, ::2] = table[:, : outputs // 2] & 15
-            codes[:, 1::2] = table[:, : outputs // 2] >> 4
-            codes.sub_(8)
+            pairs = table[:, : outputs // 2].to(torch.int16)
+            pairs = (pairs & 15) | (pairs & 240) << 4  # each nibble in a byte of its own, low one first
+            codes.copy_(pairs.view(torch.uint8)).sub_(8)
         weights = codes.view(-1, self._group_size, outputs).mul_(self._scale[groups, None])
         if self._shift is not None:
             weights.add_(self._shift[groups, None])

@@ -63,17 +63,19 @@ class TileKernels:
         outputs, inputs = self.shape
         width, size = tile_outputs(), self._group_size
         tiles = self._tiles.view(outputs // width, inputs, width // 2).transpose(0, 1)  # (in, tiles, bytes)
+        scale, zero = (part.contiguous() for part in self._grid.unbind(-1))  # strides would cost five times as much
         weight = torch.empty(inputs, outputs, dtype=torch.bfloat16)
         step = max(1, _ELEMENTS // (outputs * size)) * size
         for start in range(0, inputs, step):
-            codes, part = tiles[start : start + step], weight[start : start + step]
+            signed = (tiles[start : start + step] ^ 0x88).view(torch.int8)  # nibbles less 8, in two's complement
+            part = weight[start : start + step]
             halves = part.view(-1, outputs // width, 2, width // 2)
-            halves[:, :, 0] = codes & 15
-            halves[:, :, 1] = codes >> 4
-            grid = self._grid[start // size : (start + len(codes)) // size]
-            groups = part.view(-1, size, outputs).sub_(8).mul_(grid[:, None, :, 0])
+            halves[:, :, 0] = (signed << 4) >> 4
+            halves[:, :, 1] = signed >> 4
+            groups = slice(start // size, (start + len(signed)) // size)
+            scaled = part.view(-1, size, outputs).mul_(scale[groups, None])
             if self._shifted:
-                groups.add_(grid[:, None, :, 1])
+                scaled.add_(zero[groups, None])
         return weight
 
 
