@@ -23,7 +23,7 @@ import torch
 from moqe.errors import RecipeChanged
 from moqe.evaluate.verdict import Verdict, read_verdict
 from moqe.folder import MixtureFolder
-from moqe.measure import ROUTER_SPLITS, judge_mixture, measured, score, train_routers
+from moqe.measure import ROUTER_SPLITS, judge_mixture, measure_agreement, measured, score, train_routers
 from moqe.mixture import FORMAT_VERSION, read_manifest, verify_mixture
 from moqe.models.estimate import Estimate
 from moqe.progress import Progress, Silent
@@ -151,12 +151,18 @@ def plan(recipe: Recipe | Path | str, device: str = "cpu", progress: Progress | 
     )
 
 
-def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | None = None) -> Verdict:
+def evaluate(
+    folder: Path | str, *, runtime: str | None = None, device: str = "cpu", progress: Progress | None = None
+) -> Verdict:
     """Judge a complete mixture again and write verdict, report and card anew.
+
+    runtime: one that is compared with the reference on the test samples first; the report then has that beside the
+    verdict, and `agreement.json` the numbers. Losses are those of the recipe's runtime all the same.
 
     Needs the base model and the recipe's data, and checks that they are the ones the mixture was built from. Losses
     are measured again where `losses.parquet` is missing.
-    Raises CheckpointError for a folder that holds no complete mixture, RecipeChanged when base or data are others.
+    Raises CheckpointError for a folder that holds no complete mixture, RecipeChanged when base or data are others,
+    MoqeError for a runtime that cannot be compared.
     """
     place, shown = MixtureFolder(Path(folder)), progress or Silent()
     manifest = read_manifest(place)
@@ -167,6 +173,8 @@ def evaluate(folder: Path | str, *, device: str = "cpu", progress: Progress | No
         verify_mixture(place, manifest, shown)
         if not measured(task, place):
             score(task, recipe, place, ROUTER_SPLITS, shown)
+        if runtime is not None:
+            measure_agreement(task, place, runtime, device, shown)
         judge_mixture(task, recipe, place, shown)
         shutil.rmtree(place.work, ignore_errors=True)
     return read_verdict(place.verdict)

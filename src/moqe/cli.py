@@ -161,12 +161,19 @@ def _show_build(result: BuildResult, as_json: bool) -> None:
 
 
 @app.command()
-def evaluate(folder: Dir, device: Device = "cpu", as_json: Json = False) -> None:
+def evaluate(
+    folder: Dir,
+    runtime: Annotated[
+        str | None, typer.Option(help="Also compare this runtime with the reference, for the report.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
     """Judge a mixture again: score what is missing from the loss table, then write verdict, report and card."""
     from moqe.build import evaluate as judge
     from moqe.evaluate.terminal import verdict_renderable
 
-    verdict = judge(folder, device=device, progress=Bars())
+    verdict = judge(folder, runtime=runtime, device=device, progress=Bars())
     if as_json:
         _emit(verdict)
     else:

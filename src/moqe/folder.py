@@ -8,6 +8,7 @@ losses.parquet       the loss table
 predictions.parquet  where samples have a true class: every expert's log-probabilities
 router/<protocol>/   the deployed router and the ones it was compared with
 verdict.json  report.html  README.md
+agreement.json       what other runtimes say beside the reference, where that was measured
 .work/               state of an unfinished build; removed at the end
 """
 
@@ -74,6 +75,11 @@ class MixtureFolder:
     def verdict(self) -> Path:
         """The verdict as JSON."""
         return self.path / "verdict.json"
+
+    @property
+    def agreement(self) -> Path:
+        """How far other runtimes are from the reference, where that was measured."""
+        return self.path / "agreement.json"
 
     @property
     def report(self) -> Path:

@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from moqe.data.protocols import WHOLE, visible_tokens
+from moqe.data.samples import TextSamples
+from moqe.errors import MoqeError
 from moqe.evaluate import BASE, LossTable, LossTableFile, Predictions, judge, read_losses, read_predictions
+from moqe.evaluate.agreement import add_agreements, agreement
 from moqe.evaluate.contact import contact_sheet
 from moqe.evaluate.domain_label import fit_domain_label
 from moqe.evaluate.judge import CASCADE, MIXTURE
@@ -17,6 +20,7 @@ from moqe.evaluate.publish import publish
 from moqe.evaluate.routing import JUDGING_STEPS, ROUTERS, Answers, RoutingData, answer, fit_routers
 from moqe.evaluate.verdict import ExpertSummary, Verdict, write_verdict
 from moqe.folder import MixtureFolder
+from moqe.mixture import LanguageMixture, load
 from moqe.progress import Advance, Progress
 from moqe.recipe import Expert, Policy, Recipe
 from moqe.router import load_cascade, load_router, save_cascade, save_router
@@ -24,6 +28,7 @@ from moqe.router.policy_file import FILE as CASCADE_FILE
 from moqe.store import disk_bytes, write_json
 from moqe.tasks import ExpertFacts, Task
 
+_AGREEMENT_WINDOWS = 48  # spread over the test windows, so over all domains
 ROUTER_SPLITS = ("router_train", "router_validation")
 
 
@@ -120,6 +125,25 @@ def judge_mixture(task: Task, recipe: Recipe, place: MixtureFolder, progress: Pr
         mixture = answers[verdict.deployed].outcomes[MIXTURE]
         contact = contact_sheet(predictions, mixture, task.classes, partial(task.picture, "test"))
     publish(place, verdict, recipe, contact)
+
+
+def measure_agreement(task: Task, place: MixtureFolder, runtime: str, device: str, progress: Progress) -> None:
+    """Compare a runtime with the reference on every expert and some test windows; the numbers go into the folder.
+
+    Raises MoqeError for the reference itself, an unknown runtime, and a mixture that is not of texts.
+    """
+    samples = task.splits()["test"]
+    if not isinstance(samples, TextSamples):
+        raise MoqeError(f"{place.path} is no mixture of texts: runtimes of image experts are not compared here")
+    if runtime == "reference":
+        raise MoqeError("the reference runtime is what others are compared with: name another")
+    exact, other = load(place.path, device, progress), load(place.path, device, progress, runtime)
+    assert isinstance(exact, LanguageMixture)
+    assert isinstance(other, LanguageMixture)
+    tokens = samples.tokens[:: -(-len(samples) // _AGREEMENT_WINDOWS)]
+    with progress.track(f"compare {runtime}", len(tokens) * len(exact.experts)) as advance:
+        found = [agreement(name, exact.runtime(name), other.runtime(name), tokens, advance) for name in exact.experts]
+    add_agreements(place.agreement, found)
 
 
 def _answer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moqe.evaluate.agreement import Agreement
 from moqe.evaluate.contact import ContactSheet
 
 
@@ -73,7 +74,7 @@ class ReportContext:
     that were considered. guards: per protocol, what the guard saw and did, in sentences. contact: images on which
     experts disagree; None where samples are no images. to_beat: the expert that a router had to beat, in words.
     distilled: the experts whose scales were trained. memory: the curve behind the recipe's bound on memory; empty where
-    there is none.
+    there is none. agreements: of other runtimes with the reference, where that was measured.
     Nothing here depends on where the mixture lies: builds in two folders give equal pages.
     """
 
@@ -86,3 +87,4 @@ class ReportContext:
     to_beat: str = "the best single expert"
     distilled: tuple[DistilledRow, ...] = ()
     memory: tuple[MemoryPoint, ...] = ()
+    agreements: tuple[Agreement, ...] = ()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moqe.evaluate import format as write
+from moqe.evaluate.agreement import read_agreements
 from moqe.evaluate.card import write_card
 from moqe.evaluate.contact import ContactSheet
 from moqe.evaluate.context import CandidateRow, DistilledRow, MemoryPoint, ReportContext, Substitution
@@ -66,6 +67,7 @@ def gather(place: MixtureFolder, recipe: Recipe, protocols: tuple[str, ...], met
         to_beat=to_beat,
         distilled=tuple(distilled),
         memory=tuple(memory),
+        agreements=tuple(read_agreements(place.agreement)),
     )
 
 
