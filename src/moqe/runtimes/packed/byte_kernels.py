@@ -3,7 +3,7 @@
 `torch._int_mm` multiplies int8 by int8 into int32, exactly. For w8a8 that is the layer's own arithmetic. For w8a16 the
 input is written in digits: x = s (q1 + q2 / 254 + q3 / 254^2 + ...), every q an int8, the digits of a token as rows
 of one product. Two digits hold 16 bits of the token's largest value, twice what bfloat16 holds; three hold as many as
-float32, and the weight is still read once. Where few rows are multiplied and bfloat16 is enough, so is
+float32, and the weight is still read once. Where few rows are multiplied and results in bfloat16 are enough, so is
 `_weight_int8pack_mm`.
 
 Codes of fewer bits or wider groups of the same kind run here too; they take a byte in memory.
@@ -22,6 +22,8 @@ from moqe.runtimes.packed.weight import GroupedWeight
 _DIGITS = {torch.float32: 3, torch.bfloat16: 2}
 _BASE = 254.0  # two neighbouring digits: a remainder of half a step is 127 steps of the next one
 _FEW = 16  # rows up to which a kernel for vectors is worth a trial
+_ELEMENTS = 1 << 19  # results computed at once
+_TINY = torch.finfo(torch.float32).tiny  # the scale of a token that is all zeros
 _GPU_ROWS = 17  # the fewest that the integer product of CUDA takes
 
 
@@ -42,12 +44,11 @@ class ByteKernels:
         self.kind = f"bytes a{self.activation_bits} {precision}"
 
     def candidates(self, rows: int) -> Mapping[str, Multiply]:
-        """Exact integers; or digits, and a kernel for few rows."""
-        if self.activation_bits < 16:
-            return {"integers": self.integers}
+        """Integers, rounded to or in digits; and a kernel for few rows."""
+        name, multiply = ("digits", self.digits) if self.activation_bits == 16 else ("integers", self.integers)
         if rows <= _FEW and self.precision == torch.bfloat16 and self._codes.device.type == "cpu":
-            return {"digits": self.digits, "vectors": self.vectors}
-        return {"digits": self.digits}
+            return {name: multiply, "vectors": self.vectors}
+        return {name: multiply}
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Codes, scales and shifts."""
@@ -56,45 +57,66 @@ class ByteKernels:
 
     def integers(self, x: Tensor) -> Tensor:
         """Inputs rounded per token as `quantize_activations` does, then multiplied as integers: float32."""
-        x = x.to(torch.float32)
-        half = float(1 << (self.activation_bits - 1))
-        largest = torch.linalg.vector_norm(x, float("inf"), -1, True)  # (rows, 1)
-        scale = (largest / (half - 0.5)).clamp_min_(torch.finfo(torch.float32).tiny)
-        codes = (x / scale).clamp_(-half, half - 1).round_()
-        product: Tensor = self._product(codes.to(torch.int8)) * scale * self._scale
-        return product if self._shift is None else product.addmm_(codes.sum(-1, True) * scale, self._shift[None])
+        return self._in_parts(self._integers, x)
 
     def digits(self, x: Tensor) -> Tensor:
         """Inputs as digits, a row each: float32."""
+        return self._in_parts(self._digits, x)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """By a kernel that reads the weight for every row; rounded inputs are exact in bfloat16: any float type."""
+        scale = None
+        if self.activation_bits < 16:
+            x, scale = self._rounded(x)
+        product = torch._weight_int8pack_mm(x.to(torch.bfloat16), self._codes, self._few_scale)
+        if self._shift is not None:
+            product = torch.addmm(product.to(torch.float32), x.to(torch.float32).sum(-1, True), self._shift[None])
+        return product if scale is None else product * scale
+
+    def _in_parts(self, multiply: Multiply, x: Tensor) -> Tensor:
+        """Rows a few at a time, so that what comes between codes and results stays in the processor's cache."""
+        step = max(1, _ELEMENTS // self.shape[0])
+        if len(x) <= step:
+            return multiply(x)
+        product = torch.empty(len(x), self.shape[0], device=x.device)
+        for start in range(0, len(x), step):
+            product[start : start + step] = multiply(x[start : start + step])
+        return product
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of inputs, whole numbers in float32, (rows, in), and what one is worth, (rows, 1)."""
+        x = x.to(torch.float32)
+        half = float(1 << (self.activation_bits - 1))
+        scale = x.abs().amax(-1, True).div_(half - 0.5).clamp_min_(_TINY)
+        return (x / scale).clamp_max_(half - 1).round_(), scale  # the lowest one rounds to -half by itself
+
+    def _integers(self, x: Tensor) -> Tensor:
+        codes, scale = self._rounded(x)
+        product = self._product(codes.to(torch.int8)).mul_(scale).mul_(self._scale)
+        return product if self._shift is None else product.addmm_(codes.sum(-1, True) * scale, self._shift[None])
+
+    def _digits(self, x: Tensor) -> Tensor:
         x = x.to(torch.float32)
         rows, count = x.shape[0], _DIGITS[self.precision]
-        largest = torch.linalg.vector_norm(x, float("inf"), -1, True)
-        scale = (largest / 127.0).clamp_min_(torch.finfo(torch.float32).tiny)
+        scale = x.abs().amax(-1, True).div_(127.0).clamp_min_(_TINY)
         codes = torch.empty(count, *x.shape, dtype=torch.int8, device=x.device)
         rest = x / scale
         for digit in range(count):
             whole = rest.round()
             codes[digit] = whole
             if digit + 1 < count:
-                rest = (rest - whole).mul_(_BASE)
-        parts = self._product(codes.view(count * rows, -1)).view(count, rows, -1).to(torch.float32)
+                rest = rest.sub_(whole).mul_(_BASE)
+        parts = self._product(codes.view(count * rows, -1)).view(count, rows, -1)
         product = parts[count - 1]
         for digit in range(count - 2, -1, -1):
             product = torch.add(parts[digit], product, alpha=1 / _BASE)
         product = product.mul_(scale).mul_(self._scale)
         return product if self._shift is None else product.addmm_(x.sum(-1, True), self._shift[None])
 
-    def vectors(self, x: Tensor) -> Tensor:
-        """Inputs in bfloat16, by a kernel that reads the weight for every row: bfloat16."""
-        product = torch._weight_int8pack_mm(x.to(torch.bfloat16), self._codes, self._few_scale)
-        if self._shift is None:
-            return product
-        return torch.addmm(product.to(torch.float32), x.to(torch.float32).sum(-1, True), self._shift[None])
-
     def _product(self, codes: Tensor) -> Tensor:
-        """int8, (rows, in), times the weight: int32, (rows, out)."""
+        """int8, (rows, in), times the weight: whole numbers in float32, (rows, out)."""
         lacking = _GPU_ROWS - codes.shape[0] if codes.device.type == "cuda" else 0
         if lacking <= 0:
-            return torch._int_mm(codes, self._transposed)
+            return torch._int_mm(codes, self._transposed).to(torch.float32)
         padded = torch.cat([codes, codes.new_zeros(lacking, codes.shape[1])])
-        return torch._int_mm(padded, self._transposed)[: codes.shape[0]]
+        return torch._int_mm(padded, self._transposed)[: codes.shape[0]].to(torch.float32)

@@ -58,9 +58,8 @@ class PackedLinear:
             product = self.choice.multiply(self.kernels, x)
         else:
             x = x.to(torch.float32)
-            largest = torch.linalg.vector_norm(x, float("inf"), -1, True)
-            scale = (largest / (self._half - 0.5)).clamp_min_(torch.finfo(torch.float32).tiny)
-            codes = (x / scale).clamp_(-self._half, self._half - 1).round_()  # exact in bfloat16 too
+            scale = x.abs().amax(-1, True).div_(self._half - 0.5).clamp_min_(torch.finfo(torch.float32).tiny)
+            codes = (x / scale).clamp_max_(self._half - 1).round_()  # exact in bfloat16 too
             product = self.choice.multiply(self.kernels, codes).to(torch.float32) * scale
         return product if self.bias is None else product + self.bias
 
