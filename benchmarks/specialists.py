@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"share": "none"},
     "rounds": {"rounds": 2},
 }
+SAMPLES = 192  # windows of each domain for distillation; statistics take 64
 STEPS, BRANCH, WINDOWS = 120, 48, 2  # updates, of which the first are made once for all, and windows an update
 
 
@@ -58,6 +59,7 @@ def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: st
 
     scheme, group = f"w{bits}a16", {"group_size": GROUP, "symmetric": False}
     distill = {"steps": options.steps, "batch_windows": WINDOWS, "learning_rate": options.learning_rate}
+    distill |= {"samples": options.samples * len(seen)}
     if variant == MATCHED:
         kinds: dict[str, Any] = {
             "experts": [{"name": "imatrix-q5", "method": "imatrix", "scheme": "q5_k", "block_fallback": "q5_0"}]
@@ -202,6 +204,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--branch", type=int, default=BRANCH)
     parser.add_argument("--learning-rate", type=float, default=0.0015)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of each domain that distillation sees")
     parser.add_argument("--own-weight", type=float, default=8.0)
     parser.add_argument("--router-samples", type=int, default=240)
     parser.add_argument("--test-samples", type=int, default=240)

@@ -16,9 +16,11 @@ from moqe.errors import DataError, RecipeError
 from moqe.formats import open_expert
 from moqe.method_options import Distill
 from moqe.models.clusters import telling_tokens, text_clusters
+from moqe.progress import Silent
 from moqe.quantized import IntegerTensor
 from moqe.recipe import dump_recipe, parse_recipe
 from moqe.tasks.distiller import validation_rows
+from moqe.tasks.language import LanguageTask
 
 SHORT = {"steps": 6, "learning_rate": 0.005, "evaluate_every": 2}
 MEMBERS = ("generalist", "for-code", "for-prose", "for-numbers")
@@ -95,7 +97,6 @@ def test_a_runtime_of_the_other_task_is_refused(recipe_content: dict[str, Any], 
 
 
 def test_products_in_bfloat16_are_named_and_close(recipe_content: dict[str, Any], tmp_path: Path) -> None:
-    from moqe.tasks.language import LanguageTask
 
     found = {}
     for runtime in ("reference", "bfloat16"):
@@ -220,7 +221,6 @@ def test_memory_is_spent_within_its_bound(loud_base: Path, texts: Path, tmp_path
 
 def test_clusters_are_the_domains_where_words_tell_them_apart(tiny_base: Path, recipe_content: dict[str, Any]) -> None:
     from moqe.models.decoder import Decoder
-    from moqe.tasks.language import LanguageTask
 
     recipe = parse_recipe(recipe_content | {"experts": [{"name": "rtn", "method": "rtn", "scheme": "w4a16"}]})
     samples = LanguageTask(recipe, Path("unused")).splits()["router_train"]
@@ -255,3 +255,35 @@ def test_validation_takes_whole_documents_of_every_domain() -> None:
     assert {domain[row] for row in validation.tolist()} == {"a", "b"}
     assert len(validation) == 6
     assert len(train) == 40 - 2 * (3 + 1)  # three of fifteen documents, one of five, two windows each
+
+
+def test_samples_spread_over_domains() -> None:
+    domain = ("a",) * 20 + ("b",) * 3 + ("c",) * 20
+    samples = TextSamples(torch.zeros(43, 4, dtype=torch.int64), tuple(map(str, range(43))), domain, (1,) * 43)
+    rows = samples.spread(13)
+    assert len(rows) == len(set(rows)) == 13
+    assert [sum(samples.domain[row] == name for row in rows) for name in "abc"] == [5, 3, 5]
+    assert rows == sorted(rows)
+    assert samples.spread(None) == samples.spread(100) == list(range(43))
+
+
+def test_distillation_may_see_more_windows_than_the_statistics(loud_base: Path, texts: Path, tmp_path: Path) -> None:
+    from tests.conftest import recipe_for
+
+    content = recipe_for(loud_base, texts)
+    content["data"] |= {"calibration_samples": 6}
+    content["experts"] = [
+        {"name": "gptq", "method": "gptq", "scheme": "w4a16", "distill": SHORT | {"steps": 2, "samples": 18}}
+    ]
+    few = recipe_for(loud_base, texts)
+    few["data"] |= {"calibration_samples": 6}
+    few["experts"] = [{"name": "gptq", "method": "gptq", "scheme": "w4a16", "distill": SHORT | {"steps": 2}}]
+    windows, seen = [], []
+    for number, one in enumerate((content, few)):
+        task = LanguageTask(moqe.parse_recipe(one), tmp_path / str(number))
+        task.make_experts(Silent())
+        windows.append(len(task.splits()["calibration"]))
+        certificate = json.loads((tmp_path / str(number) / "experts" / "gptq" / "certificate.json").read_text())
+        seen.append(certificate["layers"][0]["seen"])
+    assert windows == [18, 6]
+    assert seen[0] == seen[1]

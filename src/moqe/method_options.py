@@ -45,19 +45,22 @@ class Distill(Options):
     `steps` are updates of `batch_windows` calibration windows each. `weights` multiply how often a domain's windows are
     seen: a missing domain counts 1, null is chosen on validation. `norms` trains norm weights too, at a tenth of the
     rate. `branch_after`: an expert with `codes_of` begins with what that expert had after so many of its steps. A share
-    of the calibration documents, `validation_share`, only decides which state is kept. `precision: auto` multiplies in
-    bfloat16 where the processor has instructions for it.
+    of the calibration documents, `validation_share`, only decides which state is kept. `samples`: windows of calibration
+    text, where they should be more than the statistics see (`data.calibration_samples`); None takes the same. There are
+    as many scales as one in a hundred weights, so a specialist needs a hundred windows of its own and more, or it
+    learns them by heart. `precision: auto` multiplies in bfloat16 where the processor has instructions for it.
     """
 
-    steps: int = Field(96, ge=1)
-    batch_windows: int = Field(1, ge=1)
-    learning_rate: float = Field(0.003, gt=0.0)
+    steps: int = Field(120, ge=1)
+    batch_windows: int = Field(2, ge=1)
+    learning_rate: float = Field(0.0015, gt=0.0)
     weights: dict[str, float | None] = Field(default_factory=dict)
     norms: bool = False
     branch_after: int = Field(0, ge=0)
     evaluate_every: int = Field(24, ge=1)
     validation_share: float = Field(0.1, gt=0.0, lt=1.0)
     validation_windows: int = Field(24, ge=1)
+    samples: int | None = Field(None, ge=2)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @model_validator(mode="after")

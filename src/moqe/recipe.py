@@ -131,6 +131,13 @@ class Recipe(Options):
         return GENERALIST if self.specialists is not None else None
 
     @property
+    def calibration_windows(self) -> int | None:
+        """Windows of calibration text to read: those for the statistics, or more where distillation asks; None: all."""
+        limit = self.data.calibration_samples
+        asked = [expert.distill.samples or 0 for expert in self.experts if expert.distill is not None]
+        return None if limit is None else max(limit, *asked, 0)
+
+    @property
     def family(self) -> tuple[Expert, ...]:
         """The experts that `specialists` stands for, the generalist first."""
         return self.experts[self._listed :]

@@ -43,6 +43,20 @@ class TextSamples:
             tuple(self.text_bytes[i] for i in rows),
         )
 
+    def spread(self, count: int | None) -> list[int]:
+        """Rows of at most `count` samples, as many of every domain as it has, evenly apart in it; all for None."""
+        if count is None or count >= len(self):
+            return list(range(len(self)))
+        rows_of: dict[str, list[int]] = {}
+        for row, name in enumerate(self.domain):
+            rows_of.setdefault(name, []).append(row)
+        left, found = count, list[int]()
+        for place, rows in enumerate(sorted(rows_of.values(), key=len)):  # what a small domain leaves, others take
+            share = min(len(rows), left // (len(rows_of) - place))
+            left -= share
+            found += [rows[index * len(rows) // share] for index in range(share)]
+        return sorted(found)
+
 
 @dataclass(frozen=True)
 class Splits:

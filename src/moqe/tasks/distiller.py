@@ -270,6 +270,8 @@ class Distiller:
 
     def _data(self, options: Distill, labels: Sequence[str], progress: Progress) -> TrainingSet:
         train, validation = validation_rows(self.samples, options, self.recipe.seed)
+        seen = self.samples.spread(options.samples or self.recipe.data.calibration_samples)
+        train = train[torch.isin(train, torch.tensor(seen))]
         self._prepare(progress, options)
         return TrainingSet(self.samples.tokens, labels, self._targets, train, validation)
 

@@ -69,8 +69,9 @@ class ExpertMaker:
         together = [expert for expert in pending if not expert.sequential]
         passes = [together] if together else []
         passes += [[expert] for expert in pending if expert.sequential]
+        seen = samples.select(samples.spread(self.recipe.data.calibration_samples))  # more are for distillation
         for experts in passes:
-            self._one_pass(experts, samples, progress)
+            self._one_pass(experts, seen, progress)
         if any(expert.distill is not None for expert in unfinished):
             Distiller(self.recipe, self.schemes, self.decoder, self.folder, samples).run(progress)
 

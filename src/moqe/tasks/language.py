@@ -105,7 +105,7 @@ class LanguageTask:
                 linear_weights=shape.linear_weights,
                 head_weights=shape.hidden * shape.vocabulary,
                 window=data.window,
-                windows=calibration,
+                windows=max(calibration, recipe.calibration_windows or 0),
                 dtype=dtype,
                 device=device,
                 flops_per_second=measure_flops(device, dtype),
@@ -122,7 +122,8 @@ class LanguageTask:
         return self._read_splits(Silent())
 
     def _read_splits(self, progress: Progress) -> dict[str, TextSamples]:
-        splits = make_splits(self.recipe.data, self.decoder.tokenizer, self.recipe.seed, progress)
+        data = self.recipe.data.model_copy(update={"calibration_samples": self.recipe.calibration_windows})
+        splits = make_splits(data, self.decoder.tokenizer, self.recipe.seed, progress)
         domains = set(splits.calibration.domain)
         if self.recipe.specialists is not None:
             domains |= set(self.recipe.specialists.labels(self.recipe.data.calibration))
