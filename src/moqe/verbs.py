@@ -47,11 +47,15 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    runtime: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Generation:
-    """Continue a text with the routed expert, or with `expert`. Raises as `LanguageMixture.generate` does."""
-    answer: Generation = load(folder, device, progress).generate(
+    """Continue a text with the routed expert, or with `expert`.
+
+    runtime: what runs it, as in `moqe.load`. Raises as `moqe.load` and `LanguageMixture.generate` do.
+    """
+    answer: Generation = load(folder, device, progress, runtime).generate(
         text, expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
     return answer
