@@ -45,10 +45,9 @@ class Distill(Options):
     `steps` are updates of `batch_windows` calibration windows each. `weights` multiply how often a domain's windows are
     seen: a missing domain counts 1, null is chosen on validation. `norms` trains norm weights too, at a tenth of the
     rate. `branch_after`: an expert with `codes_of` begins with what that expert had after so many of its steps. A share
-    of the calibration documents, `validation_share`, only decides which state is kept. `samples`: windows of calibration
-    text, where they should be more than the statistics see (`data.calibration_samples`); None takes the same. There are
-    as many scales as one in a hundred weights, so a specialist needs a hundred windows of its own and more, or it
-    learns them by heart. `precision: auto` multiplies in bfloat16 where the processor has instructions for it.
+    of the calibration documents, `validation_share`, only decides which state is kept. `samples`: windows of
+    calibration text, where they should be more than the statistics see (`data.calibration_samples`); None takes the
+    same. `precision: auto` multiplies in bfloat16 where the processor has instructions for it.
     """
 
     steps: int = Field(120, ge=1)
