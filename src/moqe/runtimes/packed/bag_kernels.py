@@ -48,8 +48,11 @@ class BagKernels:
         self.kind = f"bags {8 if self._wide else 4} bits, {self._group_size} {precision}"
 
     def candidates(self, rows: int) -> Mapping[str, Multiply]:
-        """Bags for few rows, unpacking for all."""
-        return {"bags": self.bags, "unpacked": self.unpacked} if rows <= _FEW else {"unpacked": self.unpacked}
+        """Bags for few rows; unpacking for all, in bfloat16 with either product."""
+        found: dict[str, Multiply] = {"unpacked": self.unpacked}
+        if self.precision != torch.float32:
+            found["unpacked, float32"] = self.widened
+        return {"bags": self.bags, **found} if rows <= _FEW else found
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The table, scales and shifts."""
@@ -72,13 +75,21 @@ class BagKernels:
 
     def unpacked(self, x: Tensor) -> Tensor:
         """The product with weights unpacked for the occasion: of type `precision`."""
+        return x.to(self.precision) @ self._weight(self.precision)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """The same in float32, which is faster where a processor has no instructions for bfloat16."""
+        return x.to(torch.float32) @ self._weight(torch.float32)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        """All weights, (in, out)."""
         outputs, inputs = self.shape
-        weight = torch.empty(inputs, outputs, dtype=self.precision)
+        weight = torch.empty(inputs, outputs, dtype=dtype)
         step = max(1, _ELEMENTS // (outputs * self._group_size)) * self._group_size
         for start in range(0, inputs, step):
             part = slice(start, min(inputs, start + step))
             weight[part] = self._unpack(part)
-        return x.to(self.precision) @ weight
+        return weight
 
     def _unpack(self, part: slice) -> Tensor:
         """Weights of some whole groups of input channels: float32, (in, out)."""

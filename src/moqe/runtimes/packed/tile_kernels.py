@@ -41,8 +41,9 @@ class TileKernels:
         self.kind = f"tiles {self._group_size}"
 
     def candidates(self, rows: int) -> Mapping[str, Multiply]:
-        """The kernel for few rows, unpacking for all."""
-        return {"tiles": self.tiled, "unpacked": self.unpacked} if rows <= _FEW else {"unpacked": self.unpacked}
+        """The kernel for few rows; unpacking for all, with either product, because not every processor has both."""
+        found: dict[str, Multiply] = {"unpacked": self.unpacked, "unpacked, float32": self.widened}
+        return {"tiles": self.tiled, **found} if rows <= _FEW else found
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Tiles, scales and zeros."""
@@ -57,6 +58,10 @@ class TileKernels:
     def unpacked(self, x: Tensor) -> Tensor:
         """The product with weights unpacked for the occasion: bfloat16."""
         return x.to(torch.bfloat16) @ self.weight()
+
+    def widened(self, x: Tensor) -> Tensor:
+        """The same with a float32 product: float32. Faster where a processor has no instructions for bfloat16."""
+        return x.to(torch.float32) @ self.weight().to(torch.float32)
 
     def weight(self) -> Tensor:
         """The weights: bfloat16, (in, out)."""
