@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from moqe.errors import CheckpointError
 from moqe.recipe import Balance
 from moqe.router import GuardedRouter, fit_baselines, load_router, save_router
+from moqe.router.domain_classifier import fit_domain_classifier
 from moqe.router.network_router import NetworkRouter
 from moqe.router.text_network import TextNetwork
 from moqe.router.training import TrainingOptions, train_network
@@ -17,10 +19,14 @@ def routers(planted):
     options = TrainingOptions("cross_entropy", 1, 8, 2, 1e-3, 0.01, balance=Balance())
     network, _ = train_network(lambda: TextNetwork(16, 3, width=8, segment=2), train, validation, options, 0, "paper")
     baselines = fit_baselines(train, validation, 7)
+    labelled = [replace(one, label=tuple("ab"[row % 2] for row in range(len(one)))) for one in (train, validation)]
+    baselines |= {"domain-classifier": fit_domain_classifier(*labelled)}
     return baselines | {"paper": network, "guarded": GuardedRouter(baselines["linear"], 2, 0.0123)}
 
 
-@pytest.mark.parametrize("name", ["constant", "random", "uniform", "linear", "knn", "logistic", "paper", "guarded"])
+@pytest.mark.parametrize(
+    "name", ["constant", "random", "uniform", "linear", "knn", "logistic", "domain-classifier", "paper", "guarded"]
+)
 def test_a_saved_router_predicts_the_same_and_has_the_same_bytes(routers, planted, tmp_path, name):
     router, test = routers[name], planted(30, 0.1, 3)
     save_router(router, tmp_path / "one")

@@ -63,7 +63,9 @@ class RoutingData:
     def examples(self) -> RoutingExamples:
         """The same as routers take it: costs, lower is better."""
         judged = None if self.judged.metric == self.losses.metric else _costs(self.judged)
-        return RoutingExamples(self.features, _costs(self.losses), tuple(self.losses.document.tolist()), judged)
+        told = METRICS[self.losses.metric].group == "domain"  # a class is what the expert is asked
+        label = tuple(self.losses.domain.tolist()) if told else None
+        return RoutingExamples(self.features, _costs(self.losses), tuple(self.losses.document.tolist()), judged, label)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class RoutingExamples:
     that is resampled: samples of one document are not independent, so standard errors and folds count documents.
     judged: what choices are judged by, (n, experts), where that is something else: a router of images learns from
     cross-entropy, which says more than right or wrong, while epochs, candidates, the best single expert and the guard
-    are about wrong answers, as the verdict is. None means the losses.
+    are about wrong answers, as the verdict is. None means the losses. label: n domains, where samples have some that
+    nobody asks an expert for (a class is asked for); a router may learn to tell them.
 
     Raises DataError when the lengths differ or there are no samples, NumericalError when a loss is not finite.
     """
@@ -28,6 +29,7 @@ class RoutingExamples:
     losses: Tensor
     document: tuple[str, ...]
     judged: Tensor | None = None
+    label: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.features) == len(self.document) == self.losses.shape[0]:
@@ -35,6 +37,8 @@ class RoutingExamples:
                 f"{len(self.features)} features, {self.losses.shape[0]} rows of losses and {len(self.document)} "
                 "documents do not describe the same samples"
             )
+        if self.label is not None and len(self.label) != len(self.document):
+            raise DataError(f"{len(self.label)} labels do not belong to {len(self.document)} samples")
         if len(self.document) == 0:
             raise DataError("a router cannot be trained or judged on no samples: add documents to data.router")
         if self.deciding.shape != self.losses.shape:
@@ -79,6 +83,7 @@ class RoutingExamples:
             self.losses[rows.to(self.losses.device)],
             tuple(self.document[int(row)] for row in rows),
             None if self.judged is None else self.judged[rows.to(self.judged.device)],
+            None if self.label is None else tuple(self.label[int(row)] for row in rows),
         )
 
     def join(self, other: RoutingExamples) -> RoutingExamples:
@@ -96,4 +101,5 @@ class RoutingExamples:
             torch.cat([self.losses, other.losses]),
             self.document + other.document,
             judged,
+            None if self.label is None or other.label is None else self.label + other.label,
         )

@@ -2,10 +2,11 @@
 
 `paper`: the paper's network, objective, balance and optimizer (Adam 5e-5 with cosine decay; text: batch 8 x
 accumulation 6, weight decay 0.01; image: 48 x 2 and none). The number of epochs is not in the paper; 10 is what the
-authors' published training command uses for text. `tuned`: linear, knn, logistic and a small network with each of the
-three objectives are cross-validated by document over training and validation data; the best of those whose gain clears
-the bar of `moqe.router.selection` is refitted, else the router is constant. The paper's router is compared with it on
-the validation documents, because training it once more for every fold would cost more than everything else together.
+authors' published training command uses for text. `tuned`: linear, knn, logistic, a classifier of domains where there
+are several, and a small network with each of the three objectives are cross-validated by document over training and
+validation data; the best of those whose gain clears the bar of `moqe.router.selection` is refitted, else the router is
+constant. The paper's router is compared with it on the validation documents, because training it once more for every
+fold would cost more than everything else together.
 Values a recipe sets replace the preset's; under `tuned` they apply to the networks, and a set objective leaves only the
 network with that one.
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from moqe.progress import Advance, Progress, Silent
 from moqe.recipe import Router as RouterOptions
 from moqe.router.baselines import Random, Uniform, fit_constant
+from moqe.router.domain_classifier import DomainClassifier, fit_domain_classifier
 from moqe.router.examples import RoutingExamples
 from moqe.router.fitted import FittedNovelty, FittedRouter, UnseenChoices
 from moqe.router.guard import apply_guard, decide, guard, guarded_choice
@@ -213,7 +215,7 @@ def fit_tuned(
         return FittedRouter(always, always, always.name, tuple(judged), (), None, fixed, novelty)
 
     router = rival if rival is not None and chosen == "paper" else fits[chosen](train, validation)
-    if isinstance(router, Linear | Knn | Logistic):
+    if isinstance(router, Linear | Knn | Logistic | DomainClassifier):
         router = router.refit(pool)
     if novelty is not None:
         router = NoveltyRouter(router, expert, novelty.novelty)
@@ -246,7 +248,8 @@ def _candidates(preset: Preset, options: RouterOptions, examples: RoutingExample
         name = f"network-{options.objective}"
         return {name: network(name, options.objective)}
     networks = {f"network-{objective}": network(f"network-{objective}", objective) for objective in OBJECTIVES}
-    return {"linear": fit_linear, "knn": fit_knn, "logistic": fit_logistic, **networks}
+    told = {"domain-classifier": fit_domain_classifier} if len(set(examples.label or ())) > 1 else {}
+    return {"linear": fit_linear, "knn": fit_knn, "logistic": fit_logistic, **told, **networks}
 
 
 def _fit_network(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moqe.errors import CheckpointError, MoqeError, did_you_mean
 from moqe.router.baselines import Constant, Random, Uniform
+from moqe.router.domain_classifier import DomainClassifier
 from moqe.router.guard import GuardedRouter
 from moqe.router.knn import Knn
 from moqe.router.linear import Linear
@@ -36,6 +37,7 @@ ROUTERS: dict[str, type[SavableRouter]] = {
     "linear": Linear,
     "knn": Knn,
     "logistic": Logistic,
+    "domain-classifier": DomainClassifier,
     "network": NetworkRouter,
 }
 
@@ -44,7 +46,7 @@ def save_router(router: Router, folder: Path) -> None:
     """Write a router into `folder`. Raises CheckpointError for a router of a class that ROUTERS does not list."""
     within = router.router if isinstance(router, GuardedRouter) else router
     inner = within.router if isinstance(within, NoveltyRouter) else within
-    if not isinstance(inner, Constant | Random | Uniform | Linear | Knn | Logistic | NetworkRouter):
+    if not isinstance(inner, Constant | Random | Uniform | Linear | Knn | Logistic | DomainClassifier | NetworkRouter):
         raise CheckpointError(f"a router of class {type(inner).__name__} cannot be saved; known: {', '.join(ROUTERS)}")
     tensors = inner.tensors()
     if isinstance(within, NoveltyRouter):
