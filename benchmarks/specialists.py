@@ -36,7 +36,7 @@ from moqe.evaluate.domain_label import fit_domain_label
 from moqe.evaluate.judge import DOMAIN, PROBE, ROUTE
 from moqe.evaluate.routing import RoutingData, answer, fit_routers
 from moqe.recipe import Recipe, parse_recipe
-from moqe.store import disk_bytes, read_json, write_json
+from moqe.store import read_json, write_json
 from moqe.tasks import LanguageTask
 
 SPLITS = ("router_train", "router_validation", "test")
@@ -183,10 +183,15 @@ def split_half(test: LossTable) -> list[float]:
 
 
 def sizes(folder: Path, names: tuple[str, ...]) -> dict[str, int]:
-    """Bytes on disk of one expert, and of generalist and specialists together; shared files once."""
-    family = [folder / "experts" / name for name in names if name == GENERALIST or name.startswith("for-")]
-    inodes = {path.stat().st_ino: path.stat().st_size for place in family for path in place.glob("*.safetensors")}
-    return {"one": disk_bytes(folder / "experts" / names[-1]), "family": sum(inodes.values())}
+    """Bytes on disk of one expert's weights, and of generalist and specialists together; shared files once."""
+
+    def weights(experts: list[str]) -> int:
+        files = [path for name in experts for path in (folder / "experts" / name).iterdir()]
+        inodes = [path.stat() for path in files if path.suffix in (".safetensors", ".gguf")]
+        return sum({entry.st_ino: entry.st_size for entry in inodes}.values())
+
+    family = [name for name in names if name == GENERALIST or name.startswith("for-")]
+    return {"one": weights([names[-1]]), "family": weights(family)}
 
 
 def main() -> None:
