@@ -97,6 +97,7 @@ class Expert(Options):
 
 GENERALIST = "generalist"
 OWN_WEIGHT = 8.0
+OWN_WEIGHTS = (4.0, 8.0, 16.0)  # what is tried where a recipe leaves own_weight open
 IMAGE_METHODS = ("qat", "brecq")  # whose result depends on which images they see most
 
 

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from moqe.data.samples import TextSamples
+from moqe.expert_options import OWN_WEIGHTS
 from moqe.folder import CERTIFICATE, MixtureFolder
 from moqe.formats import CompressedTensorsWriter, GgufWriter, open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.formats.expert_files import ExpertWriter
 from moqe.method_options import Distill
 from moqe.methods.certificate import significant
-from moqe.methods.distill import OWN_WEIGHTS, Distilled, Student, Targets, TrainingSet, distill, snapshot_path
+from moqe.methods.distill import Distilled, Student, Targets, TrainingSet, distill, snapshot_path
 from moqe.models.clusters import telling_tokens
 from moqe.models.decoder import Decoder
 from moqe.models.device import product_dtype

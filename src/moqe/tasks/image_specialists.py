@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from moqe.data.images import ImageSamples, PreparedImages
 from moqe.errors import DataError
-from moqe.expert_options import GENERALIST, Specialists
+from moqe.expert_options import GENERALIST, OWN_WEIGHTS, Specialists
 from moqe.folder import MixtureFolder
 from moqe.formats.onnx_reader import read_onnx_layers
 from moqe.methods.certificate import certify, significant
@@ -50,7 +50,6 @@ from moqe.store import link, read_json, write_json
 from moqe.tasks.image_expert_files import expert_file, records, write_expert
 from moqe.tasks.image_models import FoldedClassifier, ImageModels
 
-OWN_WEIGHTS = (4.0, 8.0, 16.0)  # what is tried where a recipe leaves own_weight open
 HELD_OUT = 0.1  # of the calibration images, where something is chosen
 FOLDS = 5
 _NOTES = "notes.json"

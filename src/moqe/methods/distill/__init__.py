@@ -14,14 +14,13 @@ tokens (Hinton et al. 2015, temperature 1), so the calibration text needs no lab
 
 from __future__ import annotations
 
-from moqe.methods.distill.cost import OWN_WEIGHTS, distill_seconds
+from moqe.methods.distill.cost import distill_seconds
 from moqe.methods.distill.scales import ScaleForm, scale_form, with_scales
 from moqe.methods.distill.student import Student
 from moqe.methods.distill.targets import Targets
 from moqe.methods.distill.training import Distilled, TrainingSet, distill, snapshot_path
 
 __all__ = [
-    "OWN_WEIGHTS",
     "Distilled",
     "ScaleForm",
     "Student",

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from moqe.expert_options import OWN_WEIGHTS
 from moqe.methods.distill.scaled_linear import ScaledLinear
 from moqe.methods.distill.scales import ScaleForm
 from moqe.recipe import Expert, Specialists
 
-OWN_WEIGHTS = (4.0, 8.0, 16.0)  # what is tried where a recipe leaves own_weight open
 _SIDE, _GROUP = 1024, 64
 _HEAD_PRODUCTS = 4  # logits of the base and of the expert, and two products backward
 
