@@ -7,10 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+_DRAWS = 10_000
+
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of some rounds."""
+    """Median, smallest and largest of some rounds, or the ends of an interval."""
 
     median: float
     lowest: float
@@ -20,6 +24,17 @@ class Spread:
     def of(cls, values: list[float]) -> Spread:
         """The spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
+
+    @classmethod
+    def of_median(cls, values: list[float], seed: int = 0) -> Spread:
+        """The median with its 95 % bootstrap interval, for many values of which each is noisy."""
+        draws = np.random.default_rng(seed).choice(values, (_DRAWS, len(values)))
+        low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+        return cls(statistics.median(values), float(low), float(high))
+
+    def interval(self, digits: int = 2) -> str:
+        """Such as `1.05 [1.03, 1.09]`, of `of_median`."""
+        return f"{self.median:.{digits}f} [{self.lowest:.{digits}f}, {self.highest:.{digits}f}]"
 
     def text(self, digits: int = 2) -> str:
         """Such as `1.05 (1.03 to 1.09)`."""
@@ -52,4 +67,9 @@ def seconds_per_round(
 
 def ratios(over: list[float], under: list[float]) -> Spread:
     """Round by round, how many times longer `over` took than `under`."""
-    return Spread.of([first / second for first, second in zip(over, under, strict=True)])
+    return Spread.of(pairwise(over, under))
+
+
+def pairwise(over: list[float], under: list[float]) -> list[float]:
+    """The ratio of each round."""
+    return [first / second for first, second in zip(over, under, strict=True)]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.interleaved import Spread, ratios, seconds_per_round
+from benchmarks.interleaved import Spread, pairwise, ratios, seconds_per_round
 from benchmarks.language_models import build_mixture, write_bfloat16, write_experts, write_random_qwen3
 from benchmarks.tables import table
 from moqe.formats import open_expert
@@ -43,7 +43,8 @@ from moqe.speed.memory import resident_bytes
 DECODED, PROMPT = 32, 512
 PAIRS = {"int8": "q8_0", "int4": "q4_0"}  # packed against llama.cpp
 MIXTURE_PROMPT, MIXTURE_NEW = 256, 64
-COLD_ROUNDS = 5
+MIXTURE_ROUNDS = 31  # one call each a round: what choosing adds is less than the noise of a few rounds
+COLD_ROUNDS = 9
 
 
 def _prompt(length: int) -> Tensor:
@@ -89,13 +90,16 @@ def _mixture(folder: Path, threads: int, rounds: int, seconds_per_turn: float) -
     """A mixture against the expert it chooses, its first answer against a single expert's, and memory."""
     mixture, prompt = load(folder, runtime="packed"), _prompt(MIXTURE_PROMPT)
     assert isinstance(mixture, LanguageMixture)
-    chosen = mixture.route(prompt[0]).expert
+    decision = mixture.route(prompt[0])
+    assert "constant" not in decision.reason, decision.reason
+    chosen = decision.expert
     calls: dict[str, Callable[[], object]] = {
         "mixture": lambda: mixture.generate(prompt[0], max_new_tokens=MIXTURE_NEW),
         "expert": lambda: mixture.generate(prompt[0], expert=chosen, max_new_tokens=MIXTURE_NEW),
-        "router": lambda: mixture.route(prompt[0]),
     }
-    seconds = seconds_per_round(calls, rounds, seconds_per_turn)
+    seconds = seconds_per_round(calls, MIXTURE_ROUNDS, 0.0)
+    router = seconds_per_round({"router": lambda: mixture.route(prompt[0])}, rounds, seconds_per_turn)["router"]
+    alone = Spread.of(seconds["expert"]).median
     cold: dict[str, list[float]] = {"mixture": [], "expert": []}
     for _ in range(COLD_ROUNDS):
         cold["mixture"].append(_alone("cold", folder, threads, []))
@@ -103,9 +107,11 @@ def _mixture(folder: Path, threads: int, rounds: int, seconds_per_turn: float) -
     experts = list(mixture.experts)
     four, one = (_alone("memory", folder, threads, names) for names in (experts, experts[:1]))
     return {
-        "milliseconds": {name: asdict(Spread.of([1e3 * s for s in found])) for name, found in seconds.items()},
-        "mixture_over_expert": asdict(ratios(seconds["mixture"], seconds["expert"])),
-        "router_over_expert": asdict(ratios(seconds["router"], seconds["expert"])),
+        "milliseconds": {
+            name: asdict(Spread.of([1e3 * s for s in found])) for name, found in {**seconds, "router": router}.items()
+        },
+        "mixture_over_expert": asdict(Spread.of_median(pairwise(seconds["mixture"], seconds["expert"]))),
+        "router_over_expert": asdict(Spread.of([s / alone for s in router])),
         "cold_seconds": {name: asdict(Spread.of(found)) for name, found in cold.items()},
         "cold_mixture_over_expert": asdict(ratios(cold["mixture"], cold["expert"])),
         "resident_bytes": {"four": four, "one": one},
@@ -167,7 +173,11 @@ def report(found: dict[str, Any]) -> str:
         return text
     mixture, mib = found["mixture"], 2**20
     times = [
-        ["mixture / its expert, 256 tokens in, 64 out", Spread(**mixture["mixture_over_expert"]).text(3)],
+        [
+            f"mixture / its expert, {MIXTURE_PROMPT} tokens in, {MIXTURE_NEW} out, {MIXTURE_ROUNDS} pairs [95 %]",
+            Spread(**mixture["mixture_over_expert"]).interval(3),
+        ],
+        ["router, ms", Spread(**mixture["milliseconds"]["router"]).text(2)],
         ["router / expert", Spread(**mixture["router_over_expert"]).text(4)],
         ["first answer, new process: mixture / one expert", Spread(**mixture["cold_mixture_over_expert"]).text()],
         ["resident memory, four experts, MiB", f"{mixture['resident_bytes']['four'] / mib:.0f}"],

@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rounds": {"rounds": 2},
 }
 SAMPLES = 192  # windows of each domain for distillation; statistics take 64
-STEPS, BRANCH, WINDOWS = 120, 48, 2  # updates, of which the first are made once for all, and windows an update
+STEPS, BRANCH, WINDOWS = 120, 30, 4  # updates, of which the first are made once for all, and windows an update
 
 
 def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: str, seed: int) -> Recipe:
@@ -58,7 +58,7 @@ def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: st
         return [{"path": str(texts / f"{domain}-{role}.parquet"), "domain": domain} for domain in domains]
 
     scheme, group = f"w{bits}a16", {"group_size": GROUP, "symmetric": False}
-    distill = {"steps": options.steps, "batch_windows": WINDOWS, "learning_rate": options.learning_rate}
+    distill = {"steps": options.steps, "batch_windows": options.batch_windows, "learning_rate": options.learning_rate}
     distill |= {"samples": options.samples * len(seen)}
     if variant == MATCHED:
         kinds: dict[str, Any] = {
@@ -77,6 +77,7 @@ def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: st
                 "scheme": scheme,
                 **group,
                 "own_weight": options.own_weight,
+                "domains": options.specialists,
                 "distill": distill | branch,
                 **VARIANTS[variant],
             },
@@ -208,6 +209,8 @@ def main() -> None:
     parser.add_argument("--hold-out", choices=DOMAINS, default="", help="a domain that only the test sees")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--branch", type=int, default=BRANCH)
+    parser.add_argument("--batch-windows", type=int, default=WINDOWS)
+    parser.add_argument("--specialists", nargs="+", choices=DOMAINS, help="domains that get one; all by default")
     parser.add_argument("--learning-rate", type=float, default=0.0015)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of each domain that distillation sees")
     parser.add_argument("--own-weight", type=float, default=8.0)

@@ -56,6 +56,15 @@ def test_a_recipe_with_specialists_says_who_they_are(recipe_content: dict[str, A
     assert "for-code" not in dump_recipe(recipe)
 
 
+def test_only_named_domains_get_a_specialist(recipe_content: dict[str, Any]) -> None:
+    every = parse_recipe(with_specialists(recipe_content))
+    some = parse_recipe(with_specialists(recipe_content, domains=["prose", "code"]))
+    named = [expert.name for expert in every.experts if expert.name in ("for-code", "for-prose")]
+    assert [expert.name for expert in some.experts] == ["rtn", "generalist", *named]
+    assert some.hash != every.hash
+    assert "domains" not in yaml.safe_load(dump_recipe(every))["specialists"]
+
+
 def test_specialists_branch_from_the_generalist_s_training(recipe_content: dict[str, Any]) -> None:
     recipe = parse_recipe(with_specialists(recipe_content, distill=SHORT | {"branch_after": 3}))
     assert [expert.distill.branch_after for expert in recipe.experts[1:]] == [0, 3, 3, 3]  # type: ignore[union-attr]
@@ -71,7 +80,10 @@ def test_specialists_that_share_nothing_have_statistics_of_their_own(recipe_cont
     ("change", "message"),
     [
         ({"by": "cluster"}, "specialists.count is missing"),
-        ({"count": 7}, "calibration has 3 domains"),
+        ({"count": 7}, "there are 3 domains to make specialists for"),
+        ({"domains": []}, "at least 1 item"),
+        ({"by": "cluster", "count": 2, "domains": ["code"]}, "specialists.domains needs by: domain"),
+        ({"domains": ["cod"]}, "no calibration source of 'cod'"),
         ({"own_weight": 1.0}, "greater than 1"),
         ({"distill": {"steps": 4, "branch_after": 4}}, "must be below steps"),
         ({"scheme": "w5a16"}, "unknown scheme"),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from moqe.data_options import Sources
+from moqe.errors import did_you_mean
 from moqe.method_options import Awq, Brecq, Distill, DsConv, Gptq, N2uq, Ptq, Qat, Rtn, SmoothQuant
 from moqe.options import Options
 
@@ -104,15 +105,17 @@ IMAGE_METHODS = ("qat", "brecq")  # whose result depends on which images they se
 class Specialists(Options):
     """Experts made for the inputs they will get: a generalist, and specialists that weigh one domain or cluster more.
 
-    `by: domain` makes one per calibration domain, named after it; `by: cluster` makes `count`, for the clusters that
-    k-means finds in the calibration windows' mean embeddings, and needs no labels. `share: codes`: all have the
-    generalist's integer codes and differ in distilled scales, which takes a few percent of an expert each. `share:
-    none`: each has codes of its own, from statistics that weigh its domain `own_weight` times. `own_weight` is also how
-    much oftener distillation sees the specialist's own windows; None tries 4, 8 and 16 and keeps, for each specialist,
-    what its domain's validation windows like best. `rounds` of alternation: give every calibration window to the expert
-    that serves it best, distill again on these, and stop when validation does not improve. `memory` bounds the bytes of
-    all together, in multiples of one expert's: blocks keep scales of their own where held-out windows gain most per
-    byte. The generalist is distilled just as long on everything, and is what the guard falls back to.
+    `by: domain` makes one per calibration domain, named after it, or for those in `domains`; the others' inputs are the
+    generalist's, unless the router finds a specialist that serves them better. `by: cluster` makes `count`, for the
+    clusters that k-means finds in the calibration windows' mean embeddings, and needs no labels. `share: codes`: all
+    have the generalist's integer codes and differ in distilled scales, which takes a few percent of an expert each.
+    `share: none`: each has codes of its own, from statistics that weigh its domain `own_weight` times. `own_weight` is
+    also how much oftener distillation sees the specialist's own windows; None tries 4, 8 and 16 and keeps, for each
+    specialist, what its domain's validation windows like best. `rounds` of alternation: give every calibration window
+    to the expert that serves it best, distill again on these, and stop when validation does not improve. `memory`
+    bounds the bytes of all together, in multiples of one expert's: blocks keep scales of their own where held-out
+    windows gain most per byte. The generalist is distilled just as long on everything, and is what the guard falls back
+    to.
 
     Of images specialists are made by `qat` or `brecq`, with the options of that section, by cluster of the router's
     features. They see their own images `own_weight` times as often; nothing is distilled. `share: codes` trains scales,
@@ -121,6 +124,7 @@ class Specialists(Options):
 
     count: int | None = Field(None, ge=2)
     by: Literal["domain", "cluster"] = "domain"
+    domains: tuple[str, ...] | None = Field(None, min_length=1)
     method: str = "gptq"
     scheme: str = "w4a16"
     group_size: int | None = Field(64, ge=0)
@@ -134,28 +138,37 @@ class Specialists(Options):
     brecq: Brecq | None = None
 
     @model_serializer(mode="wrap")
-    def _without_images(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the sections of image methods where they are not stated: texts' hashes do not know them."""
+    def _what_is_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `domains` and the sections of image methods where they are not stated: hashes do not know them."""
         content: dict[str, Any] = serialize(self)
-        return {key: value for key, value in content.items() if key not in IMAGE_METHODS or value is not None}
+        optional = (*IMAGE_METHODS, "domains")
+        return {key: value for key, value in content.items() if key not in optional or value is not None}
 
     def labels(self, sources: Sources) -> tuple[str, ...]:
         """What the calibration windows are told apart by. Raises ValueError where that does not work out."""
         if self.by == "cluster":
             if self.count is None:
                 raise ValueError("specialists.count is missing: by cluster needs to know how many")
+            if self.domains is not None:
+                raise ValueError("specialists.domains needs by: domain: clusters have no names yet")
             return tuple(f"cluster-{number + 1}" for number in range(self.count))
         domains = tuple(dict.fromkeys(source.label for source in sources))
         if len(domains) < 2:
             raise ValueError(
                 "specialists by domain need calibration sources of two domains: give `domain`, or by: cluster"
             )
-        if self.count not in (None, len(domains)):
+        for name in self.domains or ():
+            if name not in domains:
+                raise ValueError(
+                    f"specialists.domains: no calibration source of {name!r}; {did_you_mean(name, domains)}"
+                )
+        chosen = domains if self.domains is None else tuple(name for name in domains if name in self.domains)
+        if self.count not in (None, len(chosen)):
             raise ValueError(
-                f"specialists.count is {self.count} and calibration has {len(domains)} domains: leave count out, or "
-                "choose by: cluster"
+                f"specialists.count is {self.count} and there are {len(chosen)} domains to make specialists for: leave "
+                "count out, name the domains in specialists.domains, or choose by: cluster"
             )
-        return domains
+        return chosen
 
     def experts(self, labels: tuple[str, ...]) -> tuple[Expert, ...]:
         """The generalist and one specialist per label, as a recipe could have listed them. Raises ValueError."""
