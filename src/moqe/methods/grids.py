@@ -28,7 +28,7 @@ from moqe.errors import NumericalError, UnsupportedLayer
 from moqe.quantized import IntegerTensor
 from moqe.schemes import Scheme
 
-CHUNK_ELEMENTS = 1 << 20  # weights handled at once, so that temporaries stay in the cache or nearly so
+CHUNK_ELEMENTS = 1 << 18  # weights handled at once: a MiB each for the weights and every temporary
 CANDIDATES = 16  # spans
 REFITS = 3
 
@@ -82,7 +82,10 @@ def searched_grid(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, impo
 def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> IntegerTensor:
     """The nearest codes of `weight`, float32 (out, in), on a grid whose scale is in its stored type."""
     grouped = _grouped(weight, scheme)
-    codes = _codes(grouped, scale.float(), None if zero_point is None else zero_point.float(), scheme)
+    zero = None if zero_point is None else zero_point.float()
+    codes = _levels(grouped, scale.float(), zero, scheme)
+    if zero is not None:
+        codes.add_(zero[..., None])
     kind = torch.int8 if scheme.symmetric else torch.uint8
     return IntegerTensor(codes.to(kind).view(weight.shape), scale, zero_point, scheme)
 
@@ -103,16 +106,16 @@ class _Search:
     def __init__(self, grouped: Tensor, mass: Tensor, scheme: Scheme, scale_dtype: torch.dtype, start: Grid) -> None:
         self.grouped, self.mass, self.scheme, self.scale_dtype = grouped, mass, scheme, scale_dtype
         self.weighted = mass * grouped
+        # written again by every candidate: fresh memory for each costs ten times the arithmetic
+        self.levels, self.work = torch.empty_like(grouped), torch.empty_like(grouped)
         self.scale, self.zero = start[0].float(), None if start[1] is None else start[1].float()
         self.error = torch.full_like(self.scale, torch.inf)
         self.offer(self.scale, self.zero)
 
     def offer(self, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """Keep a candidate where it beats the best; scale already rounded. Returns its levels: codes less zeros."""
-        levels = _codes(self.grouped, scale, zero, self.scheme)
-        if zero is not None:
-            levels.sub_(zero[..., None])
-        residual = (levels * scale[..., None]).sub_(self.grouped)
+        """Keep a candidate where it beats the best; scale already rounded. Returns its levels until the next offer."""
+        levels = _levels(self.grouped, scale, zero, self.scheme, out=self.levels)
+        residual = torch.mul(levels, scale[..., None], out=self.work).sub_(self.grouped)
         error = residual.square_().mul_(self.mass).sum(-1)  # (rows, groups)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
@@ -123,8 +126,8 @@ class _Search:
 
     def refit(self, levels: Tensor) -> Tensor:
         """The scale that fits given levels best, rounded; the best so far where no positive one exists."""
-        numerator = (self.weighted * levels).sum(-1)
-        denominator = (self.mass * levels).mul_(levels).sum(-1)
+        numerator = torch.mul(self.weighted, levels, out=self.work).sum(-1)
+        denominator = torch.mul(self.mass, levels, out=self.work).mul_(levels).sum(-1)
         scale = numerator / denominator
         return torch.where(torch.isfinite(scale) & (scale > 0), _round_scale(scale, self.scale_dtype), self.scale)
 
@@ -161,12 +164,16 @@ def _shrunken_zeros(zero: Tensor, factor: float, scheme: Scheme) -> Iterator[Ten
         yield torch.lerp(lower, upper, share).round_().clamp_(0.0, top)
 
 
-def _codes(grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-    """Nearest codes as floats, (rows, groups, size)."""
-    codes = (grouped / scale[..., None]).round_()
-    if zero is not None:
-        codes.add_(zero[..., None])
-    return codes.clamp_(*scheme.levels)
+def _levels(
+    grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, out: Tensor | None = None
+) -> Tensor:
+    """Nearest codes less their zero points as floats, (rows, groups, size), written to `out` where it is given."""
+    levels = torch.div(grouped, scale[..., None], out=out).round_()
+    low, high = scheme.levels
+    if zero is None:
+        return levels.clamp_(low, high)
+    torch.maximum(levels, (low - zero)[..., None], out=levels)  # clamp_ with tensors takes six times as long
+    return torch.minimum(levels, (high - zero)[..., None], out=levels)
 
 
 def _symmetric_scale(extreme: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
