@@ -10,7 +10,8 @@ from scipy.special import log_softmax
 
 from moqe.errors import DataError
 from moqe.router import RoutingExamples, VectorFeatures, choose, realised_losses
-from moqe.router.domain_classifier import OFFSET_SHARE, DomainClassifier, _fit, fit_domain_classifier
+from moqe.router.domain_classifier import DomainClassifier, _fit, fit_domain_classifier
+from moqe.router.linear_scores import OFFSET_SHARE
 from moqe.router.logistic import fit_logistic
 
 

@@ -7,7 +7,8 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 
 from moqe.router import RoutingExamples, VectorFeatures, choose, realised_losses
-from moqe.router.logistic import OFFSET_SHARE, STRENGTHS, Logistic, _path, fit_logistic
+from moqe.router.linear_scores import OFFSET_SHARE
+from moqe.router.logistic import STRENGTHS, Logistic, _path, fit_logistic
 
 
 def random_examples(n: int, dimension: int, experts: int, seed: int) -> RoutingExamples:

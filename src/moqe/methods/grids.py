@@ -164,9 +164,7 @@ def _shrunken_zeros(zero: Tensor, factor: float, scheme: Scheme) -> Iterator[Ten
         yield torch.lerp(lower, upper, share).round_().clamp_(0.0, top)
 
 
-def _levels(
-    grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, out: Tensor | None = None
-) -> Tensor:
+def _levels(grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, out: Tensor | None = None) -> Tensor:
     """Nearest codes less their zero points as floats, (rows, groups, size), written to `out` where it is given."""
     levels = torch.div(grouped, scale[..., None], out=out).round_()
     low, high = scheme.levels

@@ -10,7 +10,7 @@ W and b minimise the mean cross-entropy with the training samples' labels plus s
 strength is the one with the lowest cross-entropy on validation. Labels are needed to train it and not to use it.
 It is no better than the labels: where experts differ within a domain it sees nothing.
 
-Standard multinomial logistic regression, by L-BFGS in float64 (PyTorch's), in the basis of the training samples.
+Standard multinomial logistic regression.
 Cost: n d domains multiplications per evaluation, some dozens of them.
 """
 
@@ -25,40 +25,34 @@ from torch import Tensor, nn
 from moqe.errors import DataError
 from moqe.router.examples import RoutingExamples
 from moqe.router.features import Features
+from moqe.router.linear_scores import Basis, LinearScores, saved_scores
 from moqe.router.router import Unit
-from moqe.router.standardiser import Standardiser, fit_standardiser
 
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(0, -7, -1))  # 1 down to 0.001
-OFFSET_SHARE = 0.01  # of the strength, for the offset
 ITERATIONS = 100
 
 
 @dataclass(frozen=True)
-class DomainClassifier:
-    """Costs = softmax(standardised mean embedding @ weight + offset) @ costs.
+class DomainClassifier(LinearScores):
+    """Costs = softmax(scores) @ costs, one score per domain.
 
-    weight: float64, (d, domains); offset: (domains,). costs: mean centred losses, float64 (domains, experts). labels:
-    the domains' names.
+    costs: mean centred losses, float64 (domains, experts). labels: the domains' names.
     """
 
-    standardise: Standardiser
-    weight: Tensor
-    offset: Tensor
     costs: Tensor
     labels: tuple[str, ...]
-    strength: float
     kind: ClassVar[str] = "domain-classifier"
     name: ClassVar[str] = "domain-classifier"
     unit: ClassVar[Unit] = "nats"
 
     def predict(self, features: Features) -> Tensor:
         """See `Router`."""
-        return (self.probabilities(features) @ self.costs.to(self.weight.device)).float()
+        probabilities = self.probabilities(features)
+        return (probabilities @ self.costs.to(probabilities.device)).float()
 
     def probabilities(self, features: Features) -> Tensor:
         """Of every domain, float64 (n, domains)."""
-        x = self.standardise(features.pooled()).to(self.weight.device)
-        return (x @ self.weight + self.offset).softmax(-1)
+        return self.scores(features).softmax(-1)
 
     def refit(self, examples: RoutingExamples) -> DomainClassifier:
         """The same strength on other examples."""
@@ -70,20 +64,12 @@ class DomainClassifier:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved."""
-        return {
-            "mean": self.standardise.mean,
-            "deviation": self.standardise.deviation,
-            "weight": self.weight,
-            "offset": self.offset,
-            "costs": self.costs,
-        }
+        return super().tensors() | {"costs": self.costs}
 
     @classmethod
     def restore(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> DomainClassifier:
         """The router that was saved."""
-        standardise = Standardiser(tensors["mean"], tensors["deviation"])
-        parts = (tensors["weight"], tensors["offset"], tensors["costs"])
-        return cls(standardise, *parts, tuple(options["labels"]), options["strength"])
+        return cls(*saved_scores(tensors), options["strength"], tensors["costs"], tuple(options["labels"]))
 
 
 def fit_domain_classifier(train: RoutingExamples, validation: RoutingExamples) -> DomainClassifier:
@@ -108,28 +94,14 @@ def _fit(examples: RoutingExamples, strength: float) -> DomainClassifier:
     labels = tuple(sorted(set(examples.label or ())))
     if len(labels) < 2:
         raise DataError("a classifier of domains needs router documents of two domains at least")
-    pooled = examples.features.pooled()
-    standardise = fit_standardiser(pooled)
-    left, singular, right = torch.linalg.svd(standardise(pooled), full_matrices=False)
-    x = left * singular  # (n, min(n, d)): the same inputs, turned; W's norm stays what it is
-    truth = _numbers(examples, labels).to(x.device)
-    with torch.enable_grad():
-        parameters = torch.zeros(x.shape[1] + 1, len(labels), dtype=torch.float64, device=x.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS([parameters], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-
-        def objective() -> Tensor:
-            optimizer.zero_grad()
-            weight, offset = parameters[:-1], parameters[-1]
-            held = weight.square().sum() + OFFSET_SHARE * offset.square().sum()
-            value = nn.functional.cross_entropy(x @ weight + offset, truth) + 0.5 * strength * held
-            value.backward()  # type: ignore[no-untyped-call]
-            return value
-
-        optimizer.step(objective)  # type: ignore[no-untyped-call]
-    found = parameters.detach()
-    centred = examples.centred.to(x.device)
+    basis = Basis.of(examples)
+    truth = _numbers(examples, labels).to(basis.left.device)
+    found = basis.minimise(
+        lambda scores: nn.functional.cross_entropy(scores, truth), basis.zeros(len(labels)), strength, ITERATIONS
+    )
+    centred = examples.centred.to(truth.device)
     costs = torch.stack([centred[truth == number].mean(0) for number in range(len(labels))])
-    return DomainClassifier(standardise, right.T @ found[:-1], found[-1].clone(), costs, labels, strength)
+    return DomainClassifier(*basis.back(found), strength, costs, labels)
 
 
 def _numbers(examples: RoutingExamples, labels: tuple[str, ...]) -> Tensor:

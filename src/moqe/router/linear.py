@@ -20,28 +20,23 @@ from torch import Tensor
 
 from moqe.router.examples import RoutingExamples
 from moqe.router.features import Features
+from moqe.router.linear_scores import Basis, LinearScores, saved_scores
 from moqe.router.router import Unit
-from moqe.router.standardiser import Standardiser, fit_standardiser
 
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(8, -7, -1))  # 10^4 down to 10^-3
 
 
 @dataclass(frozen=True)
-class Linear:
-    """Costs = standardised mean embedding @ weight + offset. weight: float64, (d, experts); offset: (experts,)."""
+class Linear(LinearScores):
+    """Costs = scores, one per expert."""
 
-    standardise: Standardiser
-    weight: Tensor
-    offset: Tensor
-    strength: float
     kind: ClassVar[str] = "linear"
     name: ClassVar[str] = "linear"
     unit: ClassVar[Unit] = "nats"
 
     def predict(self, features: Features) -> Tensor:
         """See `Router`."""
-        x = self.standardise(features.pooled())
-        return (x @ self.weight.to(x.device) + self.offset.to(x.device)).float()
+        return self.scores(features).float()
 
     def refit(self, examples: RoutingExamples) -> Linear:
         """The same strength on other examples."""
@@ -51,20 +46,10 @@ class Linear:
         """What is saved beside the tensors."""
         return {"strength": self.strength}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved."""
-        return {
-            "mean": self.standardise.mean,
-            "deviation": self.standardise.deviation,
-            "weight": self.weight,
-            "offset": self.offset,
-        }
-
     @classmethod
     def restore(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Linear:
         """The router that was saved."""
-        standardise = Standardiser(tensors["mean"], tensors["deviation"])
-        return cls(standardise, tensors["weight"], tensors["offset"], options["strength"])
+        return cls(*saved_scores(tensors), options["strength"])
 
 
 def fit_linear(train: RoutingExamples, validation: RoutingExamples) -> Linear:
@@ -76,18 +61,12 @@ def fit_linear(train: RoutingExamples, validation: RoutingExamples) -> Linear:
 
 
 def _solve(examples: RoutingExamples, strengths: tuple[float, ...]) -> list[Linear]:
-    pooled = examples.features.pooled()
-    standardise = fit_standardiser(pooled)
-    left, singular, right = torch.linalg.svd(standardise(pooled), full_matrices=False)
-    centred = examples.centred.to(left.device)
+    basis = Basis.of(examples)
+    singular, centred = basis.singular, examples.centred.to(basis.left.device)
     offset = centred.mean(0)
-    projected = left.T @ (centred - offset)  # (min(n, d), experts)
-    return [
-        Linear(
-            standardise,
-            right.T @ ((singular / (singular.square() + len(examples) * strength))[:, None] * projected),
-            offset,
-            strength,
-        )
-        for strength in strengths
-    ]
+    projected = basis.left.T @ (centred - offset)  # (min(n, d), experts)
+    found = []
+    for strength in strengths:
+        weight = (singular / (singular.square() + len(examples) * strength))[:, None] * projected
+        found.append(Linear(*basis.back(torch.cat([weight, offset[None]])), strength))
+    return found
