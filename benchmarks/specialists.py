@@ -46,7 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"share": "none"},
     "rounds": {"rounds": 2},
 }
-SAMPLES = 192  # windows of each domain for distillation; statistics take 64
+SAMPLES = 352  # windows of each domain for distillation; statistics take 64
+OWN_WEIGHT = 32.0  # how much oftener a specialist sees its own
 STEPS, BRANCH, WINDOWS = 120, 30, 4  # updates, of which the first are made once for all, and windows an update
 
 
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--specialists", nargs="+", choices=DOMAINS, help="domains that get one; all by default")
     parser.add_argument("--learning-rate", type=float, default=0.0015)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of each domain that distillation sees")
-    parser.add_argument("--own-weight", type=float, default=8.0)
+    parser.add_argument("--own-weight", type=float, default=OWN_WEIGHT)
     parser.add_argument("--router-samples", type=int, default=240)
     parser.add_argument("--test-samples", type=int, default=240)
     parser.add_argument("--runtime", choices=("reference", "bfloat16"), default="reference")
