@@ -91,7 +91,8 @@ def _mixture(folder: Path, threads: int, rounds: int, seconds_per_turn: float) -
     mixture, prompt = load(folder, runtime="packed"), _prompt(MIXTURE_PROMPT)
     assert isinstance(mixture, LanguageMixture)
     decision = mixture.route(prompt[0])
-    assert "constant" not in decision.reason, decision.reason
+    if "constant" in decision.reason:
+        raise SystemExit(f"{folder}: the router is a constant ({decision.reason}): remove the folder to make it anew")
     chosen = decision.expert
     calls: dict[str, Callable[[], object]] = {
         "mixture": lambda: mixture.generate(prompt[0], max_new_tokens=MIXTURE_NEW),

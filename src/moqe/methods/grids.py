@@ -13,8 +13,7 @@ Two ways to choose a grid for a group of weights that share a scale:
 In both, scales are rounded to the type they will be stored in before any code is chosen, so the codes are the best for
 the file and not for numbers that nobody will read.
 
-Cost of a search: 40 roundings of the weights (symmetric) or 170 (asymmetric), about 0.3 and 1.2 seconds per million
-weights on one core. Memory is bounded by row chunks. On SmolLM2-135M the error is within 2 % of an exhaustive search's.
+Cost of a search: 40 roundings of the weights (symmetric) or 170 (asymmetric). Memory is bounded by row chunks. On SmolLM2-135M the error is within 2 % of an exhaustive search's.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class _Search:
     def __init__(self, grouped: Tensor, mass: Tensor, scheme: Scheme, scale_dtype: torch.dtype, start: Grid) -> None:
         self.grouped, self.mass, self.scheme, self.scale_dtype = grouped, mass, scheme, scale_dtype
         self.weighted = mass * grouped
-        # written again by every candidate: fresh memory for each costs ten times the arithmetic
+        # written again by every candidate: fresh memory for each would cost more than the arithmetic
         self.levels, self.work = torch.empty_like(grouped), torch.empty_like(grouped)
         self.scale, self.zero = start[0].float(), None if start[1] is None else start[1].float()
         self.error = torch.full_like(self.scale, torch.inf)
@@ -170,7 +169,7 @@ def _levels(grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme,
     low, high = scheme.levels
     if zero is None:
         return levels.clamp_(low, high)
-    torch.maximum(levels, (low - zero)[..., None], out=levels)  # clamp_ with tensors takes six times as long
+    torch.maximum(levels, (low - zero)[..., None], out=levels)  # faster than clamp_ with tensors
     return torch.minimum(levels, (high - zero)[..., None], out=levels)
 
 
