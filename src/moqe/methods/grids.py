@@ -13,7 +13,8 @@ Two ways to choose a grid for a group of weights that share a scale:
 In both, scales are rounded to the type they will be stored in before any code is chosen, so the codes are the best for
 the file and not for numbers that nobody will read.
 
-Cost of a search: 40 roundings of the weights (symmetric) or 170 (asymmetric). Memory is bounded by row chunks. On SmolLM2-135M the error is within 2 % of an exhaustive search's.
+Cost of a search: 40 roundings of the weights (symmetric) or 170 (asymmetric). Memory is bounded by row chunks. On
+SmolLM2-135M the error is within 2 % of an exhaustive search's.
 """
 
 from __future__ import annotations
