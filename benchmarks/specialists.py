@@ -12,6 +12,9 @@ chosen on each seed's validation documents, among all experts of that recipe: th
 generalist and each specialist. They read as many bytes per token as the mixture does. What the mixture's bytes in
 storage buy as one model is measured too: the distilled generalist of one bit more, where FOLDER has it for the same
 seed, and at 4 bits an imatrix expert of 5.5 bits (`--variant matched`).
+
+With `--variant text` the generalist and its specialists follow the base and the calibration text half and half, all of
+them alike. Part of what they win then is that they adapt to the texts, which the base could be trained to as well.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from benchmarks.domain_texts import DOMAINS, write_domain_texts
 from benchmarks.language import score
 from benchmarks.specialists_held_out import held_out_routing
 from benchmarks.specialists_memory import memory_curve
-from benchmarks.specialists_tables import BEST, GENERALIST, GROUP, LABEL, MATCHED, sections
+from benchmarks.specialists_tables import BEST, GENERALIST, GROUP, LABEL, MATCHED, TEXT, sections
 from benchmarks.tables import write_section
 from moqe.cli import Bars
 from moqe.data.protocols import WHOLE
@@ -45,7 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clusters": {"by": "cluster", "count": len(DOMAINS)},
     "none": {"share": "none"},
     "rounds": {"rounds": 2},
+    TEXT: {},
 }
+TEXT_WEIGHT = 0.5  # of the text in what experts of the variant `text` follow; the rest is the base
 SAMPLES = 352  # windows of each domain for distillation; statistics take 64
 OWN_WEIGHT = 32.0  # how much oftener a specialist sees its own
 STEPS, BRANCH, WINDOWS = 120, 30, 4  # updates, of which the first are made once for all, and windows an update
@@ -61,6 +66,8 @@ def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: st
     scheme, group = f"w{bits}a16", {"group_size": GROUP, "symmetric": False}
     distill = {"steps": options.steps, "batch_windows": options.batch_windows, "learning_rate": options.learning_rate}
     distill |= {"samples": options.samples * len(seen)}
+    if variant == TEXT:
+        distill |= {"text_weight": TEXT_WEIGHT}
     if variant == MATCHED:
         kinds: dict[str, Any] = {
             "experts": [{"name": "imatrix-q5", "method": "imatrix", "scheme": "q5_k", "block_fallback": "q5_0"}]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def _units(task: LanguageTask, folder: Path, shared: nn.Module, specialists: Seq
     general = open_expert(folder / "experts" / "generalist")
     student = Student(shared, general)
     dtype = product_dtype("cpu", "auto")
+    weight = 0.0 if task.recipe.specialists is None else task.recipe.specialists.distill.text_weight
     nothing = student.state()
     units = []
     with bars.track("gains of blocks", len(specialists)) as advance:
@@ -98,7 +100,7 @@ def _units(task: LanguageTask, folder: Path, shared: nn.Module, specialists: Seq
                 mine = np.argsort(column)
             rows = sorted(mine[:_GAIN_WINDOWS].tolist())
             tokens = samples.select(rows).tokens
-            targets = Targets.of(decoder, tokens, dtype)
+            targets = replace(Targets.of(decoder, tokens, dtype), text_weight=weight)
             state = _state(student, folder / "experts" / name)
             every = torch.arange(len(rows))
             gains = block_gains(student, targets, tokens, every, nothing, state, decoder.block_names)

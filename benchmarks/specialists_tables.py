@@ -17,6 +17,7 @@ from moqe.store import read_json
 GENERALIST, LABEL, BEST, MIXTURE = "generalist", "domain label", "best single", "router mixture"
 GROUP = 64
 MATCHED = "matched"  # instead of specialists: a single expert of about the mixture's bytes in storage
+TEXT = "text"  # specialists that follow the base and the calibration text
 SMALLEST_GAIN = {4: 0.008, 3: 0.02}  # nats that the mixture should win
 RESAMPLES = 2000
 Outcomes = dict[str, Any]  # what one run keeps
@@ -34,8 +35,11 @@ def sections(work: Path) -> dict[str, str]:
         bits, variant, *rest = name.split("-", 2)
         if variant == MATCHED:
             continue
-        more = ("4-matched", "imatrix-q5") if bits == "4" else (f"{int(bits) + 1}-codes", GENERALIST)
-        _match(runs, found.get(more[0], []), more[1], f"{more[1]}, {int(bits) + 1} bits")
+        alike = TEXT if variant == TEXT else "codes"
+        more = ("4-matched", "imatrix-q5") if bits == "4" else (f"{int(bits) + 1}-{alike}", GENERALIST)
+        _match(runs, found.get(more[0], []), more[1], f"{more[1]}, {int(bits) + 1} bits", of_more_bits=True)
+        if variant == TEXT:
+            _match(runs, found.get(f"{bits}-codes", []), GENERALIST, f"{GENERALIST} that follows the base alone")
         held = rest[0].removeprefix("without-") if rest else ""
         written[name] = section(int(bits), variant, runs, held)
     return written
@@ -51,15 +55,16 @@ def _run(path: Path) -> Outcomes:
     return found
 
 
-def _match(runs: list[Outcomes], others: list[Outcomes], expert: str, line: str) -> None:
-    """Add a line for a single expert of more bits, from the runs on the same test windows."""
+def _match(runs: list[Outcomes], others: list[Outcomes], expert: str, line: str, *, of_more_bits: bool = False) -> None:
+    """Add a line for a single expert of other runs, where these had the same test windows."""
     for run in runs:
         for other in others:
             for protocol, mine in run["protocols"].items():
                 theirs = other["protocols"][protocol]
                 if (mine["document"], mine["count"]) == (theirs["document"], theirs["count"]):
                     mine["ways"][line] = theirs["ways"][expert]
-                    run["more bytes"] = other["bytes"]["one"]
+                    if of_more_bits:
+                        run["more bytes"] = other["bytes"]["one"]
 
 
 def pooled(found: list[Outcomes], protocol: str) -> tuple[dict[str, NDArray[np.float64]], NDArray[Any], Any, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from moqe.options import Options
 
@@ -47,7 +47,8 @@ class Distill(Options):
     rate. `branch_after`: an expert with `codes_of` begins with what that expert had after so many of its steps. A share
     of the calibration documents, `validation_share`, only decides which state is kept. `samples`: windows of
     calibration text, where they should be more than the statistics see (`data.calibration_samples`); None takes the
-    same. `precision: auto` multiplies in bfloat16 where the processor has instructions for it.
+    same. `text_weight`: the share of the target that is the calibration text itself; 0 follows the base alone.
+    `precision: auto` multiplies in bfloat16 where the processor has instructions for it.
     """
 
     steps: int = Field(120, ge=1)
@@ -60,7 +61,14 @@ class Distill(Options):
     validation_share: float = Field(0.1, gt=0.0, lt=1.0)
     validation_windows: int = Field(24, ge=1)
     samples: int | None = Field(None, ge=2)
+    text_weight: float = Field(0.0, ge=0.0, lt=1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_serializer(mode="wrap")
+    def _what_is_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a `text_weight` of 0: hashes do not know it."""
+        content: dict[str, Any] = serialize(self)
+        return {key: value for key, value in content.items() if key != "text_weight" or value}
 
     @model_validator(mode="after")
     def _consistent(self) -> Distill:

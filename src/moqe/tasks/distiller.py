@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,8 @@ class Distiller:
         if options is None or options.memory is None or not specialists or family.owner.distill is None:
             return {}, {}
         blocks, general = self.decoder.block_names, found[family.owner.name].state
-        validation = self._data(family.owner.distill, labels, progress).validation.tolist()
+        data = self._data(family.owner.distill, labels, progress)
+        validation = data.validation.tolist()
         windows = {
             member.name: torch.tensor([row for row in validation if labels[row] in _own_labels(member)])
             for member in specialists
@@ -150,7 +151,7 @@ class Distiller:
                 if len(windows[member.name]):
                     gains = block_gains(
                         student,
-                        self._targets,
+                        data.targets,
                         self.samples.tokens,
                         windows[member.name],
                         general,
@@ -169,7 +170,7 @@ class Distiller:
                     mine = [unit.block for unit in part if unit.expert == member.name]
                     student.load_state(mixed_state(general, found[member.name].state, mine, blocks))
                     if len(windows[member.name]):
-                        values.append(float(self._divergence(student, self._targets, windows[member.name]).mean()))
+                        values.append(float(self._divergence(student, data.targets, windows[member.name]).mean()))
                 spent = 1.0 + sum(unit.bytes for unit in part) / size
                 curve.append({"memory": significant(spent), "divergence": significant(float(np.mean(values)))})
                 advance(1)
@@ -231,13 +232,14 @@ class Distiller:
         specialists: Sequence[Expert],
         progress: Progress,
     ) -> list[str]:
-        """For every calibration window the name of the specialist that follows the base most closely on it."""
-        rows = torch.arange(len(self.samples))
+        """For every calibration window the name of the specialist that follows the target most closely on it."""
+        assert specialists[0].distill is not None
+        rows, targets = torch.arange(len(self.samples)), self._followed(specialists[0].distill, progress)
         with progress.track("distill: assign windows", len(specialists)) as advance:
             columns = []
             for member in specialists:
                 student.load_state(found[member.name].state)
-                columns.append(self._divergence(student, self._targets, rows))
+                columns.append(self._divergence(student, targets, rows))
                 advance(1)
         choice = torch.stack(columns, dim=1).argmin(1)
         return [specialists[int(index)].name for index in choice]
@@ -256,11 +258,11 @@ class Distiller:
         So a family whose members differ by chance only does not look better than one expert.
         """
         options = next(expert.distill for expert in self.recipe.experts if expert.distill is not None)
-        rows = self._data(options, self.samples.domain, progress).validation
-        halves = []
+        data = self._data(options, self.samples.domain, progress)
+        rows, halves = data.validation, []
         for result in found.values():
             student.load_state(result.state)
-            parts = [self._targets.halves(student, self.samples.tokens, part) for part in torch.split(rows, _ROWS)]
+            parts = [data.targets.halves(student, self.samples.tokens, part) for part in torch.split(rows, _ROWS)]
             halves.append(torch.cat(parts))  # (rows, 2)
         table = torch.stack(halves, dim=1)  # (rows, experts, 2)
         chosen = table[:, :, 0].argmin(1)
@@ -273,13 +275,15 @@ class Distiller:
         train, validation = validation_rows(self.samples, options, self.recipe.seed)
         seen = self.samples.spread(options.samples or self.recipe.data.calibration_samples)
         train = train[torch.isin(train, torch.tensor(seen))]
-        self._prepare(progress, options)
-        return TrainingSet(self.samples.tokens, labels, self._targets, train, validation)
+        targets = self._followed(options, progress)
+        return TrainingSet(self.samples.tokens, labels, targets, train, validation)
 
-    def _prepare(self, progress: Progress, options: Distill) -> None:
+    def _followed(self, options: Distill, progress: Progress) -> Targets:
+        """What a training with these options follows; what the base says is computed once for all."""
         if "_targets" not in self.__dict__:
             dtype = product_dtype(str(self.decoder.device), options.precision)
             self._targets = Targets.of(self.decoder, self.samples.tokens, dtype, progress)
+        return replace(self._targets, text_weight=options.text_weight)
 
     @cached_property
     def _skeleton(self) -> torch.nn.Module:
@@ -321,6 +325,7 @@ class Distiller:
             "kept_step": result.step,
             "divergence": {str(step): significant(value) for step, value in result.divergence.items()},
             "weights": dict(expert.distill.weights),
+            **({"text_weight": expert.distill.text_weight} if expert.distill.text_weight else {}),
             **{name: value for name, value in facts.items() if value is not None},
         }
         write_json(

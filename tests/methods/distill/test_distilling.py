@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,47 @@ def test_divergence_is_that_of_the_logits(material: Any) -> None:
     halves = data.targets.halves(made, data.tokens, rows)
     torch.testing.assert_close(halves[:, 0], wanted[:, :24].mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(halves[:, 1], wanted[:, 24:].mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_text_takes_its_share_of_the_target(material: Any) -> None:
+    student, data = material
+    made, rows, weight = student(), torch.tensor([2, 7]), 0.3
+    with torch.no_grad():
+        ours = made.head(made.hidden(data.tokens[rows][:, :-1])).log_softmax(-1)
+        theirs = made.head(data.targets.hidden[rows]).softmax(-1)
+    text = torch.nn.functional.one_hot(data.tokens[rows][:, 1:], theirs.shape[-1])
+    wanted = (1 - weight) * theirs + weight * text
+    expected = torch.nn.functional.kl_div(ours, wanted, reduction="none").sum(-1).mean(1)
+    mixed = replace(data.targets, text_weight=weight)
+    torch.testing.assert_close(mixed.divergence(made, data.tokens, rows), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_a_mixed_target_is_the_mix_of_gradients(material: Any) -> None:
+    student, data = material
+    rows, weight, gradients = torch.tensor([2, 7]), 0.3, []
+    for target in (data.targets, replace(data.targets, text_weight=weight)):
+        made = student()
+        target.backward(made, data.tokens, rows)
+        gradients.append({name: p.grad for name, p in made.parameters().items()})
+    made = student()
+    found = made.head(made.hidden(data.tokens[rows][:, :-1])).flatten(0, 1)
+    torch.nn.functional.cross_entropy(found, data.tokens[rows][:, 1:].flatten()).backward()
+    for name, parameter in made.parameters().items():
+        mixed = (1 - weight) * gradients[0][name] + weight * parameter.grad
+        torch.testing.assert_close(gradients[1][name], mixed, rtol=1e-3, atol=1e-5)
+
+
+def test_training_on_text_lowers_its_loss_further(material: Any, tmp_path: Path) -> None:
+    student, data = material
+    losses = []
+    for weight in (0.0, 0.9):
+        made, targets = student(), replace(data.targets, text_weight=weight)
+        learnt = TrainingSet(data.tokens, data.label, targets, data.train, data.train)
+        result = distill(made, learnt, OPTIONS, 0, tmp_path / str(weight))
+        made.load_state(result.state)
+        text = replace(data.targets, text_weight=0.999)
+        losses.append(float(text.divergence(made, data.tokens, data.train).mean()))
+    assert losses[1] < losses[0] - 0.01
 
 
 def test_pieces_of_the_logits_give_the_gradient_of_the_whole(material: Any, monkeypatch: pytest.MonkeyPatch) -> None:

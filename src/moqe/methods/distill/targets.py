@@ -1,11 +1,16 @@
-"""What the base model says about the training windows: computed once, followed by every expert.
+"""What experts are to say about the training windows: what the base says, computed once, or that and the text itself.
 
 Kept are the hidden states before the head, (windows, tokens, hidden), a fiftieth or less of the logits; logits are made
 again for a few positions at a time.
+
+With a `text_weight` w the target at every position is (1 - w) base + w text, where the text puts everything on the
+token that follows. The gradient is that of (1 - w) KL(base || student) + w times the cross-entropy, so this is
+distillation with hard labels beside the soft ones (Hinton et al. 2015, section 2).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +29,13 @@ _LOGIT_ELEMENTS = 1 << 24  # logits held at once: 64 MiB of float32
 class Targets:
     """The base's hidden states before the head, float32 (windows, tokens, hidden), for windows of tokens less the last.
 
-    dtype: of the products that made them, and of those that will be compared with them.
+    dtype: of the products that made them, and of those that will be compared with them. text_weight: see the file's
+    header, in [0, 1).
     """
 
     hidden: Tensor
     dtype: torch.dtype
+    text_weight: float = 0.0
 
     @classmethod
     def of(
@@ -52,7 +59,7 @@ class Targets:
         return cls(hidden, dtype)
 
     def divergence(self, student: Student, tokens: Tensor, rows: Tensor) -> Tensor:
-        """KL(base || student) of the next token, nats, mean over the positions of each window at `rows`: (b,)."""
+        """KL(target || student) of the next token, nats, mean over the positions of each window at `rows`: (b,)."""
         return self._every(student, tokens, rows).mean(1)
 
     def halves(self, student: Student, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -64,7 +71,7 @@ class Targets:
         """The divergence at every position: (b, t - 1), on the CPU."""
         with torch.no_grad(), mixed_precision(self.dtype, student.device):
             hidden = student.hidden(tokens[rows][:, :-1])
-            parts = [self._kl(student, mine, theirs) for mine, theirs in self._pieces(student, hidden, rows)]
+            parts = [self._kl(student, *piece) for piece in self._pieces(student, hidden, tokens, rows)]
         return torch.cat(parts).view(len(rows), -1).cpu()
 
     def backward(self, student: Student, tokens: Tensor, rows: Tensor) -> float:
@@ -74,22 +81,27 @@ class Targets:
         leaf = hidden.detach().requires_grad_(True)  # logits are made, and dropped, piece by piece
         positions = leaf.shape[0] * leaf.shape[1]
         total = 0.0
-        for mine, theirs in self._pieces(student, leaf, rows):
+        for piece in self._pieces(student, leaf, tokens, rows):
             with mixed_precision(self.dtype, student.device):
-                loss = self._kl(student, mine, theirs).sum() / positions
+                loss = self._kl(student, *piece).sum() / positions
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
         return total
 
-    def _kl(self, student: Student, mine: Tensor, theirs: Tensor) -> Tensor:
-        """(positions,)."""
+    def _kl(self, student: Student, mine: Tensor, theirs: Tensor, following: Tensor) -> Tensor:
+        """(positions,), of the student's and the base's hidden states and the token that follows, int64."""
         with torch.no_grad():
-            wanted = student.head(theirs).float().log_softmax(-1)
+            wanted = student.head(theirs).float().log_softmax(-1)  # (positions, vocabulary)
+            if self.text_weight:
+                wanted += math.log1p(-self.text_weight)
+                place, weight = following[:, None], wanted.new_tensor(self.text_weight)
+                wanted.scatter_(-1, place, torch.logaddexp(wanted.gather(-1, place), weight.log()))
         found = student.head(mine).float().log_softmax(-1)
         return (wanted.exp() * (wanted - found)).sum(-1)
 
-    def _pieces(self, student: Student, hidden: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        theirs = self.hidden[rows].to(hidden.device)
+    def _pieces(self, student: Student, hidden: Tensor, tokens: Tensor, rows: Tensor) -> list[tuple[Tensor, ...]]:
+        theirs, following = self.hidden[rows].to(hidden.device), tokens[rows][:, 1:].to(hidden.device)
         size = max(1, _LOGIT_ELEMENTS // student.vocabulary)
-        return list(zip(torch.split(hidden.flatten(0, 1), size), torch.split(theirs.flatten(0, 1), size), strict=True))
+        parts = (torch.split(part.flatten(0, 1), size) for part in (hidden, theirs, following))
+        return list(zip(*parts, strict=True))
