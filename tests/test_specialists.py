@@ -19,6 +19,7 @@ from moqe.models.clusters import telling_tokens, text_clusters
 from moqe.progress import Silent
 from moqe.quantized import IntegerTensor
 from moqe.recipe import dump_recipe, parse_recipe
+from moqe.store import read_json
 from moqe.tasks.distiller import validation_rows
 from moqe.tasks.language import LanguageTask
 
@@ -63,6 +64,35 @@ def test_only_named_domains_get_a_specialist(recipe_content: dict[str, Any]) -> 
     assert [expert.name for expert in some.experts] == ["rtn", "generalist", *named]
     assert some.hash != every.hash
     assert "domains" not in yaml.safe_load(dump_recipe(every))["specialists"]
+
+
+def test_a_text_weight_is_everybody_s_and_unknown_to_hashes_when_it_is_0(recipe_content: dict[str, Any]) -> None:
+    plain = parse_recipe(with_specialists(recipe_content))
+    for weight in (0.0, 0.5):
+        recipe = parse_recipe(with_specialists(recipe_content, distill=SHORT | {"text_weight": weight}))
+        assert [expert.distill.text_weight for expert in recipe.experts[1:]] == [weight] * 4  # type: ignore[union-attr]
+        assert (recipe.hash == plain.hash) == (weight == 0)
+        assert parse_recipe(yaml.safe_load(dump_recipe(recipe))).hash == recipe.hash
+    with pytest.raises(RecipeError, match="text_weight"):
+        parse_recipe(with_specialists(recipe_content, distill=SHORT | {"text_weight": 1.0}))
+
+
+def test_experts_follow_the_text_and_the_verdict_says_so(
+    special: Path, loud_base: Path, texts: Path, tmp_path: Path
+) -> None:
+    from tests.conftest import recipe_for
+
+    content = with_specialists(recipe_for(loud_base, texts), distill=SHORT | {"text_weight": 0.5})
+    verdict = moqe.build(moqe.parse_recipe(content), tmp_path / "m").verdict
+    assert verdict.text_weight == 0.5
+    for name in MEMBERS:
+        mixed, alone = (
+            read_json(folder / "experts" / name / "certificate.json")["distilled"]
+            for folder in (tmp_path / "m", special)
+        )
+        assert mixed["text_weight"] == 0.5
+        assert "text_weight" not in alone
+        assert mixed["divergence"] != alone["divergence"]
 
 
 def test_specialists_branch_from_the_generalist_s_training(recipe_content: dict[str, Any]) -> None:

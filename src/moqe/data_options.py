@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field
 
 from moqe.options import Options
 
+BUNDLED = "bundled:"  # begins the path of a bundled text, `bundled:<name>/<part>`
+_BUNDLED_DOMAINS = {"python-code": "code", "python-docstrings": "docstrings", "python-topics": "reference"}
+
 
 class Source(Options):
     """Where documents come from: a file or folder of texts or images, a hub id, or `bundled:<name>`.
@@ -31,13 +34,19 @@ class Source(Options):
 
     @property
     def label(self) -> str:
-        """The domain, or the path where none was given."""
-        return self.domain or self.path
+        """The domain; where none was given that of a bundled text, or the path."""
+        return self.domain or (bundled_domain(self.path) if self.path.startswith(BUNDLED) else self.path)
 
     @property
     def text_column(self) -> str:
         """The column that holds a document's text."""
         return self.column or "text"
+
+
+def bundled_domain(path: str) -> str:
+    """What all parts of a bundled text are labelled in tables: its name, but for the standard library's own."""
+    name = path.removeprefix(BUNDLED).partition("/")[0]
+    return _BUNDLED_DOMAINS.get(name, name)
 
 
 def _as_source(value: Any) -> Any:

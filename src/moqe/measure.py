@@ -118,6 +118,7 @@ def judge_mixture(task: Task, recipe: Recipe, place: MixtureFolder, progress: Pr
         recipe.bootstrap_samples,
         also=list(task.metrics[1:]),
         router_metric=task.router_metric,
+        text_weight=max((expert.distill.text_weight for expert in recipe.experts if expert.distill), default=0.0),
     )
     write_verdict(place.verdict, verdict)
     contact = None

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import ast
 import sys
+from itertools import islice
+from typing import NamedTuple
 
 import pytest
 
@@ -9,7 +11,7 @@ from moqe.data import bundled
 from moqe.data.bundled import PARTS, SOURCES, bundled_documents, part_of
 from moqe.data.sources import read_source
 from moqe.errors import DataError
-from moqe.recipe import Source
+from moqe.recipe import Source, Specialists
 
 MODULE = '''"""Module text, long enough to be a document."""
 
@@ -28,6 +30,12 @@ class Thing:
 
     async def late(self): "on the same line"; return 1
 '''
+
+
+class Origin(NamedTuple):
+    """What is read of a module's spec."""
+
+    origin: str
 
 
 @pytest.fixture
@@ -112,10 +120,35 @@ def test_parts_depend_on_the_name_alone_and_have_their_shares():
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_held_out_parts_are_disjoint_and_large_enough(name):
-    found = {part: list(bundled_documents(f"bundled:{name}/{part}")) for part in ("router", "test")}
+    most = None if name.startswith("python-") else 25  # parsing whole packages takes minutes
+    found = {part: list(islice(bundled_documents(f"bundled:{name}/{part}"), most)) for part in ("router", "test")}
     assert not {d.digest for d in found["router"]} & {d.digest for d in found["test"]}
     assert all(sum(len(d.text) for d in documents) > 40_000 for documents in found.values())
-    assert {d.domain for documents in found.values() for d in documents} == {SOURCES[name][0]}
+    assert {d.domain for documents in found.values() for d in documents} == {Source(path=f"bundled:{name}/test").label}
+
+
+def test_specialists_are_named_after_the_domains_of_bundled_texts():
+    names = ["bundled:python-topics/train", "bundled:sympy-code/train"]
+    sources = tuple(Source(path=name) for name in names)
+    assert Specialists().labels(sources) == ("reference", "sympy-code")
+    read = [read_source(source.model_copy(update={"max_documents": 1}))[0].domain for source in sources]
+    assert read == ["reference", "sympy-code"]
+
+
+def test_a_package_that_is_not_there_is_asked_for(monkeypatch):
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install sympy"):
+        list(bundled_documents("bundled:sympy-code/train"))
+
+
+def test_a_package_is_read_under_its_own_name(tmp_path, monkeypatch):
+    for name in ("sympy/__init__.py", "sympy/core/add.py", "sympy/core/tests/test_add.py", "other/one.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(MODULE)
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: Origin(str(tmp_path / name / "__init__.py")))
+    monkeypatch.setattr(bundled, "part_of", lambda name, percent: "test")
+    found = [document.name.split("#")[1] for document in bundled_documents("bundled:sympy-code/test")]
+    assert sorted(found) == ["sympy", "sympy.core.add"]
 
 
 def test_a_source_reads_no_more_than_it_is_asked_for():

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from moqe.evaluate import read_verdict, write_verdict
 from moqe.evaluate.card import render_card
-from moqe.evaluate.context import CandidateRow, ReportContext, Substitution
+from moqe.evaluate.context import CandidateRow, DistilledRow, ReportContext, Substitution
 from moqe.evaluate.loss_table import LossTable
 from moqe.evaluate.metrics import METRICS
 from moqe.evaluate.plots import curve_plot, difference_plot, share_plot
@@ -135,6 +135,20 @@ def test_a_page_without_a_win_says_so_everywhere(make_verdict: Callable[..., Ver
     for page in (render_report(verdict, CONTEXT), render_card(verdict, CONTEXT), terminal.getvalue()):
         assert "does not win here" in " ".join(page.split())
         assert "wins by" not in page
+
+
+def test_every_page_says_that_experts_were_trained_on_the_text(make_verdict: Callable[..., Verdict]) -> None:
+    plain = make_verdict()
+    adapted = replace(plain, text_weight=0.5)
+    row = DistilledRow("gptq", "", 3.0, 2.5, 8, 8, 0, (), None, text_weight=0.5)
+    for verdict, context in ((plain, CONTEXT), (adapted, replace(CONTEXT, distilled=(row,)))):
+        terminal = StringIO()
+        Console(file=terminal, width=80).print(verdict_renderable(verdict))
+        pages = (terminal.getvalue(), render_card(verdict, context), render_report(verdict, context))
+        found = ["the base could be adapted as well" in " ".join(page.split()) for page in pages]
+        assert found == [verdict is adapted] * 3
+    assert "(share 0.50)" in render_report(adapted, replace(CONTEXT, distilled=(row,)))
+    parsed(render_report(adapted, replace(CONTEXT, distilled=(row,))))
 
 
 def test_the_terminal_shows_every_line_within_80_columns(make_verdict: Callable[..., Verdict]) -> None:

@@ -130,3 +130,6 @@ def test_training_of_scales_and_the_memory_curve_come_from_certificates(place: M
     expected = DistilledRow("rtn", "generalist", 0.5, 0.25, 4, 8, 12, ("def", "return"), 0.25)
     assert context.distilled == (expected,)
     assert context.memory == (MemoryPoint(1.0, 0.3), MemoryPoint(1.1, 0.25))
+    write_json(place.certificate("rtn"), {"codes_of": "", "layers": layers, "distilled": found | {"text_weight": 0.5}})
+    context = gather(place, recipe, ("whole",), METRICS["nats_per_token"])
+    assert context.distilled[0].text_weight == 0.5

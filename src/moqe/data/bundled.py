@@ -1,32 +1,38 @@
-"""Text that every Python ships, read from the user's own Python at run time: three domains, no download.
+"""Text that every installation has, read from the user's own Python at run time: several domains, no download.
 
     bundled:python-code        the source of the standard library's modules, docstrings removed   (domain code)
     bundled:python-docstrings  the docstrings of the same modules, one document per module        (domain docstrings)
     bundled:python-topics      the language reference behind `help("topics")`                     (domain reference)
+    bundled:<package>-code     the same of a package that MoQE depends on                 (domain <package>-code)
+    bundled:<package>-docstrings                                                          (domain <package>-docstrings)
 
 A part follows the name: `/train` is what the bundled model was trained on and what calibration may read, `/router` and
-`/test` are held out and disjoint. The part of a document is a hash of its module's or topic's name, hence the same for
-every version of Python, and a module's source and docstrings are always in the same part. Test suites, installed
-packages and files that are tables rather than text are left out. Topics quote each other, so a paragraph belongs to
-the shortest topic that holds it and is cut from the others.
+`/test` are held out and disjoint. Of packages the bundled model has seen nothing. The part of a document is a hash of
+its module's or topic's name, hence the same for every version of Python, and a module's source and docstrings are
+always in the same part. Test suites, installed packages (in the library's own texts) and files that are tables rather
+than text are left out. Topics quote each other, so a paragraph belongs to the shortest topic that holds it and is cut
+from the others.
 
-The text differs a little between versions of Python: a measurement on it belongs to the version that made it.
+The text differs a little between versions of Python and of packages: a measurement on it belongs to the versions that
+made it.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from moqe.data.documents import Document
+from moqe.data_options import BUNDLED, bundled_domain
 from moqe.errors import DataError, did_you_mean
 from moqe.store import digest_bytes
 
-PREFIX = "bundled:"
 PARTS = ("train", "router", "test")
 
 _SKIPPED_FOLDERS = frozenset(
@@ -34,7 +40,8 @@ _SKIPPED_FOLDERS = frozenset(
     | {"distutils", "encodings", "ensurepip", "lib2to3", "pydoc_data"}
 )
 _SKIPPED_MODULES = ("html.entities", "_sysconfigdata")
-_MODULE_HELD_OUT_PERCENT, _TOPIC_HELD_OUT_PERCENT = 14, 36
+_MODULE_HELD_OUT_PERCENT, _TOPIC_HELD_OUT_PERCENT, _PACKAGE_HELD_OUT_PERCENT = 14, 36, 60
+PACKAGES = ("matplotlib", "networkx", "scipy", "sympy")  # what MoQE and torch depend on, with much text of their own
 _MINIMUM_CHARACTERS = 300
 _NAMED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _DOCUMENTED = _NAMED | ast.Module
@@ -47,16 +54,14 @@ def bundled_documents(path: str, domain: str = "") -> Iterator[Document]:
     first few are a fair sample. Raises DataError when the name or the part is unknown, or when this Python comes
     without its sources.
     """
-    name, _, part = path.removeprefix(PREFIX).partition("/")
+    name, _, part = path.removeprefix(BUNDLED).partition("/")
     if name not in SOURCES:
         raise DataError(f"unknown bundled text {path!r}; {did_you_mean(name, SOURCES)}")
     if part not in PARTS:
-        wanted = ", ".join(f"{PREFIX}{name}/{known}" for known in PARTS)
+        wanted = ", ".join(f"{BUNDLED}{name}/{known}" for known in PARTS)
         raise DataError(f"{path!r} does not say which part to read: choose one of {wanted}")
-    label, read = SOURCES[name]
-    return (
-        Document(text, domain or label, f"{path}#{key}") for key, text in read(part) if len(text) >= _MINIMUM_CHARACTERS
-    )
+    label, read = domain or bundled_domain(path), SOURCES[name]
+    return (Document(text, label, f"{path}#{key}") for key, text in read(part) if len(text) >= _MINIMUM_CHARACTERS)
 
 
 def part_of(name: str, held_out_percent: int) -> str:
@@ -71,13 +76,13 @@ def _name_hash(name: str) -> str:
     return digest_bytes(name.encode("utf-8"))
 
 
-def _code(part: str) -> Iterator[tuple[str, str]]:
-    for name, source in _modules(part):
+def _code(part: str, package: str = "") -> Iterator[tuple[str, str]]:
+    for name, source in _modules(part, package):
         yield name, _without_docstrings(source)
 
 
-def _docstrings(part: str) -> Iterator[tuple[str, str]]:
-    for name, source in _modules(part):
+def _docstrings(part: str, package: str = "") -> Iterator[tuple[str, str]]:
+    for name, source in _modules(part, package):
         parts = [f"{qualified}\n\n{text}" for qualified, text in _documented(ast.parse(source), name)]
         yield name, "\n\n\n".join(parts)
 
@@ -97,27 +102,39 @@ def _topics(part: str) -> Iterator[tuple[str, str]]:
             yield name, kept[name]
 
 
-SOURCES: dict[str, tuple[str, Callable[[str], Iterator[tuple[str, str]]]]] = {
-    "python-code": ("code", _code),
-    "python-docstrings": ("docstrings", _docstrings),
-    "python-topics": ("reference", _topics),
+SOURCES: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
+    "python-code": _code,
+    "python-docstrings": _docstrings,
+    "python-topics": _topics,
+    **{
+        f"{package}-{kind}": partial(read, package=package)
+        for package in PACKAGES
+        for kind, read in (("code", _code), ("docstrings", _docstrings))
+    },
 }
 
 
-def _library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
+def _library(package: str) -> Path:
+    """The folder above a package's modules; of the standard library for an empty name."""
+    if not package:
+        return Path(sysconfig.get_path("stdlib"))
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise DataError(f"the package {package} is not installed, whose text is asked for: pip install {package}")
+    return Path(found.origin).parent.parent
 
 
-def _modules(part: str) -> Iterator[tuple[str, str]]:
-    """Dotted names and sources of the library's modules in a part, in the order of the names' hashes."""
-    named = {}
-    for path in _python_files(_library()):
-        inner = path.relative_to(_library()).with_suffix("")
+def _modules(part: str, package: str) -> Iterator[tuple[str, str]]:
+    """Dotted names and sources of the library's or a package's modules in a part, in the order of the names' hashes."""
+    library, named = _library(package), {}
+    for path in _python_files(library / package):
+        inner = path.relative_to(library).with_suffix("")
         named[".".join(inner.parts).removesuffix(".__init__")] = path
     if not named:
-        raise DataError(f"this Python comes without the sources of its library: {_library()} holds none")
+        raise DataError(f"this Python comes without the sources of its library: {library / package} holds none")
+    held_out = _PACKAGE_HELD_OUT_PERCENT if package else _MODULE_HELD_OUT_PERCENT
     for name, path in sorted(named.items(), key=lambda item: _name_hash(item[0])):
-        if part_of(name, _MODULE_HELD_OUT_PERCENT) == part and not name.startswith(_SKIPPED_MODULES):
+        if part_of(name, held_out) == part and not name.startswith(_SKIPPED_MODULES):
             with tokenize.open(path) as handle:  # honours the file's coding line
                 yield name, handle.read()
 

@@ -23,9 +23,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moqe.data.bundled import PREFIX, bundled_documents
+from moqe.data.bundled import bundled_documents
 from moqe.data.documents import Document
 from moqe.data.hub import hub_rows
+from moqe.data_options import BUNDLED
 from moqe.errors import DataError, did_you_mean
 from moqe.recipe import Source
 
@@ -41,7 +42,7 @@ def read_source(source: Source) -> list[Document]:
     needs the hub library.
     """
     last = None if source.max_documents is None else source.skip_documents + source.max_documents
-    if source.path.startswith(PREFIX):
+    if source.path.startswith(BUNDLED):
         found = list(islice(bundled_documents(source.path, source.domain), last))
     else:
         texts = ((name, text) for name, text in _documents(source) if text.strip())
@@ -77,7 +78,7 @@ def _texts(source: Source) -> Iterator[tuple[str, str]]:
             return (item for file in files for item in _named(file, READERS[file.suffix](file, source)))
         return _from_hub(str(path), source)
     if path.suffix in READERS or source.path.startswith(("/", ".", "~")) or source.path.count("/") > 1:
-        raise DataError(f"{path} does not exist: a source is a file, a folder, a hub id or {PREFIX}<name>/<part>")
+        raise DataError(f"{path} does not exist: a source is a file, a folder, a hub id or {BUNDLED}<name>/<part>")
     return _from_hub(source.path, source)
 
 

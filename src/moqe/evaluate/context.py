@@ -37,10 +37,11 @@ class Substitution:
 class DistilledRow:
     """An expert whose scales were trained.
 
-    before, after: the divergence from the base on held-out calibration windows, weighted as in training, nats; before
-    is where this training began. step: after which the state was taken, of `steps`. windows, words: how many
-    calibration windows a specialist is for and what tells them from the others; 0 and none for a generalist. own_share:
-    the share of its blocks that have scales of their own; None where memory is not bounded.
+    before, after: the divergence from the base, or from base and text mixed, on held-out calibration windows, weighted
+    as in training, nats; before is where this training began. step: after which the state was taken, of `steps`.
+    windows, words: how many calibration windows a specialist is for and what tells them from the others; 0 and none for
+    a generalist. own_share: the share of its blocks that have scales of their own; None where memory is not bounded.
+    text_weight: the share of the text in what it followed.
     """
 
     expert: str
@@ -52,6 +53,7 @@ class DistilledRow:
     windows: int
     words: tuple[str, ...]
     own_share: float | None
+    text_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class MemoryPoint:
     """What a share of the specialists' own scales buys.
 
     memory: bytes of generalist and specialists together, in those of one. divergence: mean over the specialists of that
-    from the base on their own held-out windows, nats.
+    from what they followed, on their own held-out windows, nats.
     """
 
     memory: float

@@ -155,16 +155,16 @@ def curve_plot(found: ProtocolVerdict, curve: Curve, metric: Metric) -> str:
 
 
 def memory_plot(points: Sequence[MemoryPoint]) -> str:
-    """What growing memory buys: the divergence from the base against bytes in those of one expert; SVG."""
+    """What growing memory buys: the divergence that was trained against bytes in those of one expert; SVG."""
     with _figure(2.8, left=0.19, right=0.97) as (figure, axes):
         memory, divergence = ([getattr(point, name) for point in points] for name in ("memory", "divergence"))
         axes.plot(memory, divergence, "o-", color=ACCENT, linewidth=2.2, markersize=6)
         axes.set_xlabel("memory, in bytes of one expert")
-        axes.set_ylabel("nats from the base")
+        axes.set_ylabel("divergence, nats")
         axes.ticklabel_format(axis="both", useOffset=False)
         axes.locator_params(axis="both", nbins=5)
         axes.tick_params(axis="y", colors=MUTED)
-        return _svg(figure, "memory", "Divergence from the base against the memory of the mixture")
+        return _svg(figure, "memory", "Divergence against the memory of the mixture")
 
 
 def _series(index: int) -> str:

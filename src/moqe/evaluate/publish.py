@@ -87,6 +87,7 @@ def _distilled(expert: str, certificate: Mapping[str, Any]) -> DistilledRow:
         windows=own["windows"],
         words=tuple(own["words"]),
         own_share=len(found["blocks"]) / max(1, len(blocks)) if "blocks" in found else None,
+        text_weight=found.get("text_weight", 0.0),
     )
 
 

@@ -32,6 +32,8 @@ def verdict_renderable(verdict: Verdict) -> RenderableType:
             Text(found.sentence, style="bold green" if found.wins else "bold"),
             Text(),
         ]
+    if verdict.adaptation:
+        parts += [Text(verdict.adaptation), Text()]
     parts.append(_expert_table(verdict))
     parts.append(Text(f"recipe {verdict.recipe}", style="dim"))
     return Group(*parts)

@@ -161,7 +161,8 @@ class Verdict:
 
     recipe: the recipe's hash. metric: a key of METRICS. deployed: the protocol that the deployed router follows.
     experts: facts by name. base_bytes, mixture_bytes: on disk, shared tensors counted once. also: the metrics that
-    every line shows beside the judged one. router_metric: what routers were trained on.
+    every line shows beside the judged one. router_metric: what routers were trained on. text_weight: the largest share
+    of the calibration text in what an expert's scales were trained to follow, 0 where all follow the base alone.
     """
 
     recipe: str
@@ -176,6 +177,18 @@ class Verdict:
     version: Literal[1] = 1
     also: list[str] = field(default_factory=list)
     router_metric: str = "nats_per_token"
+    text_weight: float = 0.0
+
+    @property
+    def adaptation(self) -> str:
+        """What must be known to compare with the base, where experts were trained on text; else empty."""
+        if not self.text_weight:
+            return ""
+        return (
+            f"Scales were trained on the calibration text itself (text_weight {self.text_weight:g}), the base was not: "
+            "a loss below the base's is adaptation to such text, and the base could be adapted as well. Experts that "
+            "were trained alike are compared fairly."
+        )
 
     @property
     def headline(self) -> ProtocolVerdict:

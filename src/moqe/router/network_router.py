@@ -42,12 +42,15 @@ class NetworkRouter:
     def predict(self, features: Features) -> Tensor:
         """See `Router`."""
         training = self.network.training
-        self.network.eval()
+        if training:  # walking through the modules takes as long as a small network's forward pass
+            self.network.eval()
         device = features.batch(torch.zeros(1, dtype=torch.int64)).device
-        self.network.to(device)  # a loaded router comes on the CPU; where it already is, nothing moves
+        if next(self.network.parameters()).device != device:  # a loaded router comes on the CPU
+            self.network.to(device)
         batches = torch.split(torch.arange(len(features)), PREDICTION_BATCH)
         logits = torch.cat([self.network(features.batch(rows)) for rows in batches])
-        self.network.train(training)
+        if training:
+            self.network.train()
         return -self.scale * (logits + self.bias.to(device))
 
     def options(self) -> dict[str, Any]:
