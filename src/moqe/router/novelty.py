@@ -25,11 +25,11 @@ SmolLM2-135M) and texts that resemble known ones are not (1 to 7 %: news among w
 the bundled texts); at 0.9 it is 7 to 36 % of those, for 10 % of the known inputs. What is not noticed is routed.
 
 Where router documents have labels there is a second sign: a classifier of domains that is not sure of itself, as in
-Hendrycks and Gimpel 2017 (arXiv 1610.02136). A sample is novel, too, when no expert is the best one of kinds that add up
-to a probability of 0.7. Known kinds are mostly told apart with more confidence than that, and where they are not, the
-fallback is no bad choice. On six domains whose specialists differ (SmolLM2-135M, 4 bits, distilled on base and text, 64
-tokens seen), the classifier's choices minus the generalist, 0.0001 nats, in known domains and in the worst of six that
-were left out in turn:
+Hendrycks and Gimpel 2017 (arXiv 1610.02136). A sample is novel, too, when no expert is the best one of kinds that add
+up to a probability of 0.7. Known kinds are mostly told apart with more confidence than that, and where they are not,
+the fallback is no bad choice. On six domains whose specialists differ (SmolLM2-135M, 4 bits, distilled on base and
+text, 64 tokens seen), the classifier's choices minus the generalist, 0.0001 nats, in known domains and in the worst of
+six that were left out in turn:
 
     probability asked for       none   0.5   0.6   0.7   0.8   0.9
     known                       -220  -218  -214  -205  -185  -136
