@@ -10,18 +10,20 @@ import numpy as np
 from moqe.evaluate import LossTable, read_losses
 from moqe.evaluate.routing import RoutingData
 from moqe.router import NoveltyRouter, choose
+from moqe.router.domain_classifier import fit_domain_classifier
 from moqe.router.features import TokenFeatures
 from moqe.router.logistic import fit_logistic
 from moqe.router.novelty import fit_novelty
 from moqe.tasks import LanguageTask
 
 GENERALIST, NOVELTY = "generalist", 0.99
+ROUTERS = {"classifier of domains": fit_domain_classifier, "logistic": fit_logistic}
 
 
 def held_out_routing(task: LanguageTask, losses: Path, protocol: str, seed: int) -> dict[str, Any]:
-    """For every domain: a router fitted without its windows and without its specialist, asked about its test windows.
+    """For every domain: routers fitted without its windows and without its specialist, asked about its test windows.
 
-    That is the logistic router, which sends what is novel to the generalist as every router of a mixture does.
+    These are those of ROUTERS, which send what is novel to the generalist as every router of a mixture does.
     loss: nats of the mixture minus the generalist, per window. generalist: the share of windows sent there.
     """
     tables = {
@@ -47,12 +49,13 @@ def held_out_routing(task: LanguageTask, losses: Path, protocol: str, seed: int)
         generalist = names.index(GENERALIST)
         fitting, judging = (RoutingData(table, table, features).examples for table, features in (train, validation))
         novelty = fit_novelty(fitting, judging, task.recipe.router.novelty or NOVELTY)
-        router = NoveltyRouter(fit_logistic(fitting, judging), generalist, novelty)
-        choice = choose(router.predict(seen)).numpy()
-        found[domain] = {
-            "loss": (test.chosen(choice) - test.loss[:, generalist]).tolist(),
-            "count": test.count.tolist(),
-            "document": [f"{seed}:{name}" for name in test.document],
-            "generalist": float((choice == generalist).mean()),
-        }
+        routers = {}
+        for name, fit in ROUTERS.items():
+            choice = choose(NoveltyRouter(fit(fitting, judging), generalist, novelty).predict(seen)).numpy()
+            routers[name] = {
+                "loss": (test.chosen(choice) - test.loss[:, generalist]).tolist(),
+                "generalist": float((choice == generalist).mean()),
+            }
+        document = [f"{seed}:{name}" for name in test.document]
+        found[domain] = {"routers": routers, "count": test.count.tolist(), "document": document}
     return found

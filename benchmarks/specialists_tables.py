@@ -140,17 +140,21 @@ def memory(found: list[Outcomes]) -> str:
 
 def held_out(found: list[Outcomes]) -> str:
     """What a domain loses that neither the router nor a specialist is for."""
-    rows = []
+    rows, header = [], ["domain"]
     for domain in found[0]["held-out"]:
         parts = [one["held-out"][domain] for one in found if domain in one["held-out"]]
-        difference, count = (np.concatenate([np.asarray(part[key]) for part in parts]) for key in ("loss", "count"))
-        document = np.concatenate([np.asarray(part["document"]) for part in parts])
-        (bound,) = intervals(document, difference[:, None], count, RESAMPLES, 0, differences=True)
-        share = float(np.mean([part["generalist"] for part in parts]))
-        rows.append([domain, signed_interval(bound), f"{100 * share:.0f} %"])
-    header = ["domain", "logistic router minus generalist [95 %]", "to the generalist"]
+        count, document = (np.concatenate([np.asarray(part[key]) for part in parts]) for key in ("count", "document"))
+        row, header = [domain], ["domain"]
+        for name in parts[0]["routers"]:
+            routed = [part["routers"][name] for part in parts]
+            difference = np.concatenate([np.asarray(one["loss"]) for one in routed])
+            (bound,) = intervals(document, difference[:, None], count, RESAMPLES, 0, differences=True)
+            share = float(np.mean([one["generalist"] for one in routed]))
+            row += [signed_interval(bound), f"{100 * share:.0f} %"]
+            header += [f"{name} minus generalist [95 %]", "to the generalist"]
+        rows.append(row)
     return (
-        "**Unknown to the router**: without the domain's specialist, the logistic router fitted to the others only. "
+        "**Unknown to the router**: without the domain's specialist, routers fitted to the others only. "
         f"(Experts' calibration had seen it.)\n\n{table(header, rows)}"
     )
 

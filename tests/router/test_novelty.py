@@ -1,5 +1,6 @@
 """Novelty: told from validation documents, in units of the neighbours' own distances; the fallback gets what is new."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -124,15 +125,15 @@ def labelled(n: int, seed: int, best: tuple[int, int]) -> RoutingExamples:
     return RoutingExamples(VectorFeatures(vectors), losses, names, None, tuple("lr"[k] for k in kind.tolist()))
 
 
-def test_what_is_of_no_certain_kind_is_novel_where_that_matters(tmp_path: Path):
+def test_what_is_of_no_certain_kind_is_novel_where_there_are_labels(tmp_path: Path):
     between = VectorFeatures(torch.zeros(1, 8))
     apart = fit_novelty(labelled(200, 0, (0, 1)), labelled(200, 1, (0, 1)), 0.99)
     assert not bool(apart.measure(between) > apart.threshold)  # it lies near enough
     assert bool(apart.novel(between).all())
     known = labelled(400, 2, (0, 1)).features
     assert float(apart.novel(known).float().mean()) < 0.08
-    alike = fit_novelty(labelled(200, 0, (1, 1)), labelled(200, 1, (1, 1)), 0.99)
-    assert not bool(alike.novel(between).any())
+    unlabelled = [replace(labelled(200, seed, (0, 1)), label=None) for seed in (0, 1)]
+    assert not bool(fit_novelty(*unlabelled, 0.99).novel(between).any())
     router = NoveltyRouter(fit_constant(labelled(200, 0, (0, 1))), 2, apart)
     save_router(router, tmp_path)
     again = load_router(tmp_path)

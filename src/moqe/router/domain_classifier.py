@@ -54,13 +54,6 @@ class DomainClassifier(LinearScores):
         """Of every domain, float64 (n, domains)."""
         return self.scores(features).softmax(-1)
 
-    def confidence(self, features: Features) -> Tensor:
-        """How likely a sample is of kinds that one expert is best on, for the likeliest expert: float64 (n,)."""
-        probabilities = self.probabilities(features)
-        best = self.costs.argmin(1).to(probabilities.device)
-        shares = probabilities.new_zeros(len(probabilities), self.costs.shape[1])
-        return shares.index_add(1, best, probabilities).amax(1)
-
     def refit(self, examples: RoutingExamples) -> DomainClassifier:
         """The same strength on other examples."""
         return _fit(examples, self.strength)
