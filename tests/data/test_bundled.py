@@ -146,6 +146,7 @@ def test_a_package_is_read_under_its_own_name(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(MODULE)
     monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: Origin(str(tmp_path / name / "__init__.py")))
+    monkeypatch.setattr(bundled, "_MINIMUM_CHARACTERS", 20)
     monkeypatch.setattr(bundled, "part_of", lambda name, percent: "test")
     found = [document.name.split("#")[1] for document in bundled_documents("bundled:sympy-code/test")]
     assert sorted(found) == ["sympy", "sympy.core.add"]

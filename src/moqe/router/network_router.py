@@ -45,7 +45,8 @@ class NetworkRouter:
         if training:  # walking through the modules takes as long as a small network's forward pass
             self.network.eval()
         device = features.batch(torch.zeros(1, dtype=torch.int64)).device
-        if next(self.network.parameters()).device != device:  # a loaded router comes on the CPU
+        first = next(self.network.parameters(), None)  # a network in an ONNX file has none
+        if first is not None and first.device != device:  # a loaded router comes on the CPU
             self.network.to(device)
         batches = torch.split(torch.arange(len(features)), PREDICTION_BATCH)
         logits = torch.cat([self.network(features.batch(rows)) for rows in batches])
