@@ -115,26 +115,26 @@ def test_novel_samples_get_the_fallback_and_the_others_what_the_router_says():
     assert (router.name, router.unit) == (inner.name, inner.unit)
 
 
-def labelled(n: int, seed: int, best: tuple[int, int]) -> RoutingExamples:
-    """Two kinds of text, left and right of the origin, and the expert that is best on each."""
+def labelled(n: int, seed: int) -> RoutingExamples:
+    """Two kinds of text, left and right of the origin; expert 0 is best on the one, 1 on the other."""
     kind = torch.arange(n) % 2
     vectors = cloud(n, seed) + torch.where(kind[:, None] == 0, -1.0, 1.0) * torch.tensor([2.0] + [0.0] * 7)
     losses = torch.ones(n, 3)
-    losses[torch.arange(n), torch.tensor(best)[kind]] = 0.0
+    losses[torch.arange(n), kind] = 0.0
     names = tuple(str(row) for row in range(n))
     return RoutingExamples(VectorFeatures(vectors), losses, names, None, tuple("lr"[k] for k in kind.tolist()))
 
 
 def test_what_is_of_no_certain_kind_is_novel_where_there_are_labels(tmp_path: Path):
     between = VectorFeatures(torch.zeros(1, 8))
-    apart = fit_novelty(labelled(200, 0, (0, 1)), labelled(200, 1, (0, 1)), 0.99)
+    apart = fit_novelty(labelled(200, 0), labelled(200, 1), 0.99)
     assert not bool(apart.measure(between) > apart.threshold)  # it lies near enough
     assert bool(apart.novel(between).all())
-    known = labelled(400, 2, (0, 1)).features
+    known = labelled(400, 2).features
     assert float(apart.novel(known).float().mean()) < 0.08
-    unlabelled = [replace(labelled(200, seed, (0, 1)), label=None) for seed in (0, 1)]
+    unlabelled = [replace(labelled(200, seed), label=None) for seed in (0, 1)]
     assert not bool(fit_novelty(*unlabelled, 0.99).novel(between).any())
-    router = NoveltyRouter(fit_constant(labelled(200, 0, (0, 1))), 2, apart)
+    router = NoveltyRouter(fit_constant(labelled(200, 0)), 2, apart)
     save_router(router, tmp_path)
     again = load_router(tmp_path)
     mixed = VectorFeatures(torch.cat([known.pooled()[:20], torch.zeros(1, 8)]))

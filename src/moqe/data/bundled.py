@@ -51,8 +51,8 @@ def bundled_documents(path: str, domain: str = "") -> Iterator[Document]:
     """The documents of `bundled:<name>/<part>`, read as they are asked for.
 
     They are labelled `domain`, or the source's own domain, and come in the order of a hash of their names, so that the
-    first few are a fair sample. Raises DataError when the name or the part is unknown, or when this Python comes
-    without its sources.
+    first few are a fair sample. Raises DataError when the name or the part is unknown, when this Python comes without
+    its sources, or when the package is not installed.
     """
     name, _, part = path.removeprefix(BUNDLED).partition("/")
     if name not in SOURCES:

@@ -42,7 +42,7 @@ class NetworkRouter:
     def predict(self, features: Features) -> Tensor:
         """See `Router`."""
         training = self.network.training
-        if training:  # walking through the modules takes as long as a small network's forward pass
+        if training:  # else there is nothing to switch, and walking through the modules takes time
             self.network.eval()
         device = features.batch(torch.zeros(1, dtype=torch.int64)).device
         first = next(self.network.parameters(), None)  # a network in an ONNX file has none

