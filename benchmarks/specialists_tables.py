@@ -106,7 +106,7 @@ def section(bits: int, variant: str, found: list[Outcomes], hold_out: str) -> st
         many = f"{len(found)} seed{'s' if len(found) > 1 else ''}"
         text.append(f"**{protocol}**, {len(document)} windows, {many}.\n\n{table(header, rows)}")
         text.append(by_domain(ways, document, count, domain))
-    text += [recovered(found), stored(found)]
+    text += [recovered(found, variant), stored(found)]
     text += [
         made(found) for made, name in ((memory, "memory"), (held_out, "held-out")) if all(name in x for x in found)
     ]
@@ -193,10 +193,12 @@ def claim(ways: dict[str, NDArray[np.float64]], document: NDArray[Any], count: A
     return "; ".join(parts) + "."
 
 
-def recovered(found: list[dict[str, Any]]) -> str:
-    """How much of gptq's loss against the base distillation alone takes back."""
+def recovered(found: list[Outcomes], variant: str) -> str:
+    """How much of gptq's loss against the base distillation alone takes back; of text only what it changes."""
     ways, document, count, _ = pooled(found, WHOLE)
     gap, left = (float((ways[name] - ways[BASE]).sum() / count.sum()) for name in ("gptq", GENERALIST))
     (bound,) = intervals(document, (ways[GENERALIST] - ways["gptq"])[:, None], count, RESAMPLES, 0, differences=True)
+    if variant == TEXT:  # a share of gptq's loss would take adaptation for repair
+        return f"The generalist, which follows base and text: {signed_interval(bound)} nats against gptq."
     text = f"Distillation alone: {signed_interval(bound)} nats against gptq"
     return text + (f", {100 * (1 - left / gap):.0f} % of its loss against the base." if gap > 0 else ".")
