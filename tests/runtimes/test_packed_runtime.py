@@ -14,7 +14,7 @@ from moqe.errors import CheckpointError, DataError, ModelError, NumericalError
 from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
 from moqe.formats.safetensors_folder import SafetensorsFolder, save_tensors
 from moqe.quantized import IntegerTensor, Quantized
-from moqe.runtimes.packed import runtime as packed_runtime
+from moqe.runtimes import scoring
 from moqe.runtimes.packed.decoder import require_supported
 from moqe.runtimes.packed.kernel import Choice
 from moqe.runtimes.packed.parts import PackedSkeleton, Together
@@ -178,7 +178,7 @@ def test_generation_is_the_reference_runtimes(model: Any) -> None:
 def test_batches_and_chunks_do_not_change_losses(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     files = MemoryFiles(model)
     whole = packed(model, files).score(TOKENS)
-    monkeypatch.setattr(packed_runtime, "_LOGIT_ELEMENTS", 5 * 160)
+    monkeypatch.setattr(scoring, "_LOGIT_ELEMENTS", 5 * 160)
     torch.testing.assert_close(packed(model, files, max_batch_tokens=1).score(TOKENS), whole, rtol=1e-4, atol=1e-5)
     assert packed(model, files).score(TOKENS[:0]).shape == (0, TOKENS.shape[1] - 1)
     with pytest.raises(DataError, match="at least 2 tokens"):

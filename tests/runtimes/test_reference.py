@@ -11,7 +11,7 @@ from torch import Tensor
 from moqe.errors import CheckpointError, DataError, ModelError, NumericalError
 from moqe.models.activations import quantize_activations
 from moqe.quantized import IntegerTensor, Quantized
-from moqe.runtimes import reference
+from moqe.runtimes import scoring
 from moqe.runtimes.reference import ReferenceRuntime
 from moqe.schemes import Scheme
 
@@ -87,7 +87,7 @@ def test_batches_and_chunks_do_not_change_losses(model: Any, monkeypatch: pytest
     whole = ReferenceRuntime(model).score(TOKENS)
     one_by_one = ReferenceRuntime(model, max_batch_tokens=1)
     torch.testing.assert_close(one_by_one.score(TOKENS), whole, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(reference, "_LOGIT_ELEMENTS", 7 * 512)
+    monkeypatch.setattr(scoring, "_LOGIT_ELEMENTS", 7 * 512)
     torch.testing.assert_close(ReferenceRuntime(model).score(TOKENS), whole, rtol=1e-5, atol=1e-5)
     assert torch.equal(one_by_one.score(TOKENS), one_by_one.score(TOKENS))
 

@@ -31,12 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moqe.errors import CheckpointError, DataError, MissingExtra, MoqeError, NumericalError
+from moqe.errors import CheckpointError, DataError, MissingExtra, MoqeError
 from moqe.formats.gguf_files import GgufFiles
 from moqe.formats.gguf_split import gguf_paths
 from moqe.quantized import BlockTensor, IntegerTensor
+from moqe.runtimes.scoring import check_windows, finite_losses, token_losses
 
-_LOGIT_ELEMENTS = 1 << 24  # logits held at once while scoring: 64 MiB of float32
 _HEADS = ("lm_head.weight", "model.embed_tokens.weight")  # the second where the two are tied
 
 
@@ -70,26 +70,15 @@ class LlamaCppRuntime:
         Raises DataError for windows that are too short or longer than the context, NumericalError, naming the expert,
         when a loss is not finite.
         """
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise DataError(f"windows to score must be (n, window) with at least 2 tokens, not {tuple(tokens.shape)}")
+        check_windows(tokens)
         losses = torch.empty(len(tokens), tokens.shape[1] - 1)
         for row, window in enumerate(tokens):
-            states = self._hidden(window[:-1])
-            rows = max(1, _LOGIT_ELEMENTS // len(self._head))
-            parts = zip(torch.split(states, rows), torch.split(window[1:].cpu(), rows), strict=True)
-            losses[row] = torch.cat(
-                [
-                    nn.functional.cross_entropy(nn.functional.linear(part, self._head), targets, reduction="none")
-                    for part, targets in parts
-                ]
-            )
-        if not torch.isfinite(losses).all():
-            raise NumericalError(f"expert {self.expert_name}: a loss is not finite; build it again or remove it")
-        return losses
+            losses[row] = token_losses(self._hidden(window[:-1]), window[1:].cpu(), self._logits, len(self._head))
+        return finite_losses(losses, self.expert_name)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits at every position: float32, (n, window, vocabulary), for int64 tokens, (n, window)."""
-        return torch.stack([nn.functional.linear(self._hidden(window), self._head) for window in tokens])
+        return torch.stack([self._logits(self._hidden(window)) for window in tokens])
 
     def generate(
         self,
@@ -134,6 +123,9 @@ class LlamaCppRuntime:
         if states.shape != (len(window), self._head.shape[1]):
             raise MoqeError(f"llama.cpp gave states of shape {tuple(states.shape)} for {len(window)} tokens")
         return states
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return nn.functional.linear(states, self._head)
 
     def _check_length(self, length: int) -> None:
         if length > self.context_tokens:

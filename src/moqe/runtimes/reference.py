@@ -15,21 +15,20 @@ scales, and those of its codes once for all experts that share them; every linea
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moqe.errors import DataError, ModelError, NumericalError
+from moqe.errors import ModelError, NumericalError
 from moqe.formats.expert_files import ExpertFiles, PackedFiles
 from moqe.formats.shared_codes import Lease, SharedCodes
 from moqe.models.device import mixed_precision
 from moqe.models.shared import share
 from moqe.progress import Progress, Silent
 from moqe.runtimes.installation import install
-
-_LOGIT_ELEMENTS = 1 << 24  # logits held at once while scoring: 64 MiB of float32
+from moqe.runtimes.scoring import batches, check_windows, finite_losses, token_losses
 
 
 class ReferenceRuntime:
@@ -80,41 +79,25 @@ class ReferenceRuntime:
 
         Raises NumericalError, naming the expert, when a loss is not finite.
         """
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise DataError(f"windows to score must be (n, window) with at least 2 tokens, not {tuple(tokens.shape)}")
-        losses = [self._score_batch(part) for part in self._batches(tokens)]
-        if not losses:
-            return torch.empty(0, tokens.shape[1] - 1)
-        result = torch.cat(losses)
-        if not torch.isfinite(result).all():
-            raise NumericalError(f"expert {self.expert_name}: a loss is not finite; build it again or remove it")
-        return result
+        check_windows(tokens)
+        losses = [self._score_batch(part) for part in batches(tokens, self.max_batch_tokens)]
+        return finite_losses(torch.cat([torch.empty(0, tokens.shape[1] - 1), *losses]), self.expert_name)
 
     @torch.no_grad()
     def _score_batch(self, tokens: Tensor) -> Tensor:
         parts = self._parts()
         with mixed_precision(self._products, parts.device):
-            return self._losses(parts, tokens)
-
-    def _losses(self, parts: _Parts, tokens: Tensor) -> Tensor:
-        hidden = parts.hidden(tokens[:, :-1])  # (b, window - 1, hidden)
-        flat, targets = hidden.flatten(0, 1), tokens[:, 1:].to(hidden.device).flatten()
-        rows = max(1, _LOGIT_ELEMENTS // parts.vocabulary)
-        losses = [
-            nn.functional.cross_entropy(parts.head(positions).float(), target, reduction="none")
-            for positions, target in zip(torch.split(flat, rows), torch.split(targets, rows), strict=True)
-        ]
-        return torch.cat(losses).view(hidden.shape[:2]).cpu()
+            hidden = parts.hidden(tokens[:, :-1])  # (b, window - 1, hidden)
+            targets = tokens[:, 1:].to(hidden.device).flatten()
+            losses = token_losses(hidden.flatten(0, 1), targets, parts.head, parts.vocabulary)
+        return losses.view(hidden.shape[:2]).cpu()
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits at every position: float32, (n, window, vocabulary) on the CPU, for int64 tokens, (n, window)."""
         parts = self._parts()
-        return torch.cat([parts.head(parts.hidden(part)).float().cpu() for part in self._batches(tokens)])
-
-    def _batches(self, tokens: Tensor) -> Iterator[Tensor]:
-        rows = max(1, self.max_batch_tokens // max(1, tokens.shape[1]))
-        return (part for part in torch.split(tokens, rows) if len(part))
+        seen = batches(tokens, self.max_batch_tokens)
+        return torch.cat([parts.head(parts.hidden(part)).float().cpu() for part in seen])
 
     @torch.no_grad()
     def generate(

@@ -28,7 +28,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from moqe.errors import DataError, NumericalError, RemoteError
+from moqe.errors import NumericalError, RemoteError
+from moqe.runtimes.scoring import batches, check_windows
 
 log = logging.getLogger("moqe")
 
@@ -69,11 +70,9 @@ class RemoteRuntime:
         Raises RemoteError when the server gives no log-probabilities of prompts, DataError for windows that are too
         short, NumericalError when a loss is not finite.
         """
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise DataError(f"windows to score must be (n, window) with at least 2 tokens, not {tuple(tokens.shape)}")
-        rows = max(1, _BATCH_TOKENS // tokens.shape[1])
-        losses = [self._score(part.tolist()) for part in torch.split(tokens, rows) if len(part)]
-        result = torch.cat(losses) if losses else torch.empty(0, tokens.shape[1] - 1)
+        check_windows(tokens)
+        losses = [self._score(part.tolist()) for part in batches(tokens, _BATCH_TOKENS)]
+        result = torch.cat([torch.empty(0, tokens.shape[1] - 1), *losses])
         if not torch.isfinite(result).all():
             raise NumericalError(f"{self.url}: {self.model} gave a loss that is not finite")
         return result

@@ -14,7 +14,7 @@ Memory: see `held_bytes`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,10 @@ from moqe.errors import DataError, NumericalError
 from moqe.formats.expert_files import ExpertFiles
 from moqe.progress import Progress, Silent
 from moqe.runtimes.packed.parts import PackedParts, PackedSkeleton
+from moqe.runtimes.scoring import batches, check_windows, finite_losses, token_losses
 
 PRECISIONS: dict[str, torch.dtype] = {"packed": torch.bfloat16, "packed-float32": torch.float32}
 """The precision of each runtime's name."""
-
-_LOGIT_ELEMENTS = 1 << 24  # logits held at once while scoring: 64 MiB of float32
 
 
 class PackedRuntime:
@@ -65,42 +64,27 @@ class PackedRuntime:
 
         Raises DataError for windows of fewer than two tokens, NumericalError when a loss is not finite.
         """
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise DataError(f"windows to score must be (n, window) with at least 2 tokens, not {tuple(tokens.shape)}")
-        losses = [self._losses(part) for part in self._batches(tokens)]
-        if not losses:
-            return torch.empty(0, tokens.shape[1] - 1)
-        result = torch.cat(losses)
-        if not torch.isfinite(result).all():
-            raise self._not_finite("a loss is")
-        return result
+        check_windows(tokens)
+        losses = [self._losses(part) for part in batches(tokens, self.max_batch_tokens)]
+        return finite_losses(torch.cat([torch.empty(0, tokens.shape[1] - 1), *losses]), self.expert_name)
 
     def _losses(self, tokens: Tensor) -> Tensor:
         parts = self._parts()
         tokens = tokens.to(self._skeleton.device)
         hidden = parts.decoder.prefill(parts.embed(tokens[:, :-1]))  # (b, window - 1, hidden)
-        flat, targets = hidden.flatten(0, 1), tokens[:, 1:].flatten()
-        rows = max(1, _LOGIT_ELEMENTS // parts.vocabulary)
-        losses = [
-            nn.functional.cross_entropy(parts.head(positions).to(torch.float32), target, reduction="none")
-            for positions, target in zip(torch.split(flat, rows), torch.split(targets, rows), strict=True)
-        ]
-        return torch.cat(losses).view(hidden.shape[:2]).cpu()
+        losses = token_losses(hidden.flatten(0, 1), tokens[:, 1:].flatten(), parts.head, parts.vocabulary)
+        return losses.view(hidden.shape[:2]).cpu()
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits at every position: float32, (n, window, vocabulary) on the CPU, for int64 tokens, (n, window)."""
         parts = self._parts()
         found = []
-        for part in self._batches(tokens):
+        for part in batches(tokens, self.max_batch_tokens):
             hidden = parts.decoder.prefill(parts.embed(part.to(self._skeleton.device)))
             logits = parts.head(hidden.flatten(0, 1)).to("cpu", torch.float32)
             found.append(logits.view(*part.shape, -1))
         return torch.cat(found)
-
-    def _batches(self, tokens: Tensor) -> Iterator[Tensor]:
-        rows = max(1, self.max_batch_tokens // max(1, tokens.shape[1]))
-        return (part for part in torch.split(tokens, rows) if len(part))
 
     def generate(
         self,
@@ -150,7 +134,9 @@ class PackedRuntime:
             for made in range(max_new_tokens):
                 logits = parts.head(hidden).to("cpu", torch.float32)  # (b, vocabulary)
                 if not torch.isfinite(torch.stack(torch.aminmax(logits))).all():  # sooner than all of them
-                    raise self._not_finite("logits are")
+                    raise NumericalError(
+                        f"expert {self.expert_name}: logits are not finite; build it again or remove it"
+                    )
                 chosen = [_choose(row, temperature, source) for row, source in zip(logits, random, strict=True)]
                 for row in sorted(running):
                     if chosen[row] in stop:
@@ -167,9 +153,6 @@ class PackedRuntime:
     def tensors(self) -> list[Tensor]:
         """What is held in memory for this expert, what it shares with others included; loads it."""
         return self._parts().tensors()
-
-    def _not_finite(self, what: str) -> NumericalError:
-        return NumericalError(f"expert {self.expert_name}: {what} not finite; build it again or remove it")
 
     def _parts(self) -> PackedParts:
         with self._lock:
