@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tests.conftest import WORDS
 
 import moqe
@@ -23,6 +24,7 @@ from moqe.advice.advice import advise_sentence
 from moqe.advice.budget import FULL, FULL_OWN, LEAST_WINDOWS, MOST_WINDOWS, Clock, Schedule, affordable_windows, plan
 from moqe.advice.codes import bits_per_weight, make_codes
 from moqe.advice.measurement import Scored, Scores, Width
+from moqe.advice.page import advice_renderable
 from moqe.advice.prediction import Predictor, Size, doublings, gap_at, growth_of
 from moqe.advice.samples import parse_source, read_samples
 from moqe.errors import DataError, RecipeError
@@ -130,6 +132,18 @@ def test_equal_domains_are_not_worth_it(loud_base: Path, tmp_path: Path) -> None
     assert advice.sentence.startswith("Not worth it here")
 
 
+def test_what_follows_the_text_is_trained_at_every_width(loud_base: Path, domains: list[str], tmp_path: Path) -> None:
+    advice = moqe.advise(str(loud_base), domains, out=tmp_path, text_weight=0.5, **QUICK | {"experts": [3]})
+    assert [width.steps for width in advice.widths] == [4, 4]
+    assert advice.text_weight == 0.5
+    assert all(row.measured_gain == row.loss_gain for row in advice.rows)
+    with (console := Console(width=300)).capture() as said:
+        console.print(advice_renderable(advice))
+    assert "the text with a weight of 0.5" in said.get()
+    assert "gains are of loss" in said.get()
+    assert json.loads((tmp_path / "advice.json").read_text())["text_weight"] == 0.5
+
+
 def test_one_domain_is_told_apart_by_clusters_and_a_seed_repeats_itself(loud_base: Path, domains: list[str]) -> None:
     data = [source.partition("=")[0] + "=all" for source in domains]
     options: dict[str, Any] = {"bits": [2], "experts": [3], "window": 24, "steps": 2, "seed": 3}
@@ -179,6 +193,7 @@ def test_codes_that_take_too_long_get_grids_that_are_not_searched(loud_base: Pat
         ({"minutes": 0}, "minutes must be above 0"),
         ({"window": 8}, "window must be 16"),
         ({"steps": 1}, "steps must be 2 or more"),
+        ({"text_weight": 1.0}, "text_weight must be at least 0 and below 1"),
     ],
 )
 def test_options_that_cannot_be(loud_base: Path, domains: list[str], change: dict[str, Any], said: str) -> None:
@@ -368,6 +383,29 @@ def test_a_label_without_a_specialist_is_extrapolated_by_its_divergence() -> Non
     assert both.extrapolated == ("experts",)
     assert both.gain.high == pytest.approx(2 * one.gain.high, rel=1e-3)
     assert both.measured_gain == one.measured_gain
+
+
+def test_where_experts_follow_the_text_gains_are_of_loss() -> None:
+    """Specialists whose divergence grows while they predict the text better: a gain only for who follows the text."""
+    widths, scored = measured(0.05, 0.002)
+    four = widths[1]
+    drifting = {label: Scores(scores.nats, scores.divergence + 0.2) for label, scores in four.specialists.items()}
+    rounding = np.full(len(scored.base), 0.3)
+    one = replace(four, specialists=drifting, rounding=rounding)
+    row = predictor([widths[0], one, widths[2]], replace(scored, by_text=True)).row(one, 3)
+    assert row.gain.value == pytest.approx(0.05, abs=0.001)
+    assert row.gain == row.measured_gain == row.loss_gain
+    left = float(gap_at(POINTS, np.array([[0.4, 0.3, 0.001]]), POINTS[1] + 0.5)[0])
+    assert row.storage_gain.value == pytest.approx(0.3 - left, abs=0.003)
+    assert predictor([widths[0], one, widths[2]], scored).row(one, 3).gain.value == 0.0
+
+
+def test_a_gain_of_loss_has_no_bound_and_labels_count_by_windows() -> None:
+    widths, scored = measured(0.5, 0.002, specialists=1)  # more than the divergence of 0.1
+    found = predictor(widths, replace(scored, by_text=True), growth=2.0, own=1.0).row(widths[1], 3)
+    assert found.measured_gain.value == pytest.approx(0.25, abs=0.01)
+    assert found.gain.high == pytest.approx(4 * found.measured_gain.high, rel=1e-6)
+    assert found.extrapolated == ("steps", "experts")
 
 
 def test_a_specialist_that_the_choice_windows_do_not_like_is_not_asked() -> None:

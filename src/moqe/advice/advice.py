@@ -26,12 +26,13 @@ class Range:
 class Row:
     """`experts` of one width that share codes, the generalist among them, against the distilled generalist alone.
 
-    memory_ratio: bytes of the mixture's model over those of one expert's. gain: of divergence from the base, by a
-    linear router, for a full build. label_gain: the same where every window gets the specialist of its own label.
-    measured_gain: what was measured, before anything was extrapolated; loss_gain: the same in loss under the tokens
-    that came. storage_gain: what one model of the mixture's bytes would gain. bandwidth_gain: what one model would gain
-    that reads as many bytes per token. beyond_storage: gain minus storage_gain, paired. extrapolated: over which
-    quantities, `steps`, `experts`; empty where a row is measured as it stands.
+    memory_ratio: bytes of the mixture's model over those of one expert's. gain: of divergence from the base, or of loss
+    where experts follow the text, by a linear router, for a full build. label_gain: the same where every window gets
+    the specialist of its own label. measured_gain: what was measured, before anything was extrapolated; loss_gain: the
+    same in loss under the tokens that came. storage_gain: what one model of the mixture's bytes would gain.
+    bandwidth_gain: what one model would gain that reads as many bytes per token. beyond_storage: gain minus
+    storage_gain, paired. extrapolated: over which quantities, `steps`, `experts`; empty where a row is measured as it
+    stands.
     """
 
     bits: int
@@ -111,6 +112,7 @@ class Advice:
     full_steps: int
     full_own_steps: int
     growth: float
+    text_weight: float
     cut: tuple[str, ...]
     seed: int
     seconds: Mapping[str, float]

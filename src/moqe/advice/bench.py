@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,9 @@ _LATE = 0.5  # a width is not begun with less than this share of its time left
 class Bench:
     """Measures widths of one base on one sample.
 
-    bits: every width that is quantized. routed: what the router calls the scored windows. work: a folder that may be
-    thrown away afterwards. clock: keeps the time, and is told what was spent on what.
+    bits: every width that is quantized. routed: what the router calls the scored windows. text_weight: of the text in
+    what is followed. work: a folder that may be thrown away afterwards. clock: keeps the time, and is told what was
+    spent on what.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Bench:
         samples: AdviceSamples,
         routed: NDArray[np.str_],
         bits: Sequence[int],
+        text_weight: float,
         seed: int,
         work: Path,
         clock: Clock,
@@ -56,7 +59,7 @@ class Bench:
         options = FULL.model_copy(update={"validation_windows": VALIDATION_WINDOWS})
         train, validation = validation_rows(calibration, options, seed)
         dtype = product_dtype(device, FULL.precision)
-        targets = Targets.of(decoder, calibration.tokens, dtype, progress)
+        targets = replace(Targets.of(decoder, calibration.tokens, dtype, progress), text_weight=text_weight)
         self.data = TrainingSet(calibration.tokens, calibration.domain, targets, train, validation)
         answers = Targets.of(decoder, scored.tokens, progress=progress)
         self.scored = Scored(
@@ -68,6 +71,7 @@ class Bench:
             answers,
             base_losses(self._student(bits[-1]), answers, scored.tokens),
             dtype,
+            by_text=text_weight > 0,
         )
         clock.lap("base")
 
@@ -79,11 +83,14 @@ class Bench:
     ) -> tuple[Schedule, list[Width], list[str]]:
         """Measure every width in what time is left: the schedule, the widths by bits, and what was left out, in words.
 
-        Specialists are trained at the widths `wanted` where there is something to win, most bits first.
+        Specialists are trained at the widths `wanted` where there is something to win, most bits first; with the text
+        to follow there is at every one.
         """
         step_seconds, score_seconds = pace(self._student(min(self.codes.folders)), self.data, self.scored)
         before = {bits: choice_divergence(self._student(bits), self.scored) for bits in self.codes.folders}
-        training = [bits for bits in sorted(wanted, reverse=True) if before[bits] >= NOTHING_TO_WIN]
+        training = [
+            bits for bits in sorted(wanted, reverse=True) if self.scored.by_text or before[bits] >= NOTHING_TO_WIN
+        ]
         windows = len(self.scored.tokens)
         rest = (len(before) - len(training)) * windows * score_seconds
         schedule = plan(self.clock.left - rest, len(training), specialists, windows, step_seconds, score_seconds, steps)

@@ -16,6 +16,7 @@ LADDER = (
 )
 USABLE = 0.85  # of the time left is planned; timings on a busy machine are off by about that much
 MOST_WINDOWS = (96, 48, 96)  # calibration, choice, judging
+MOST_TEXT_WINDOWS = (256, 48, 96)  # where experts follow the text: what they learn of it grows with how much there is
 LEAST_WINDOWS = (16, 12, 24)
 CALIBRATION_SHARE, SCORING_SHARE = 0.2, 0.25  # of the time, where there are more windows than that has room for
 VALIDATION_WINDOWS = 6
@@ -106,9 +107,13 @@ def plan(
 
 
 def affordable_windows(
-    seconds: float, window_seconds: float, widths: int, there: tuple[int, int, int]
+    seconds: float,
+    window_seconds: float,
+    widths: int,
+    there: tuple[int, int, int],
+    limits: tuple[int, int, int] = MOST_WINDOWS,
 ) -> tuple[int, int, int]:
-    """How many windows of calibration, choice and judging the time allows, of those there are.
+    """How many windows of calibration, choice and judging the time allows, of those there are and up to `limits`.
 
     window_seconds: of the base's forward pass. Calibration windows run through the base twice, for statistics and for
     what distillation follows; scored ones through the base once and through several experts of each width.
@@ -118,7 +123,7 @@ def affordable_windows(
     fitting = (calibration, scored // 3, scored - scored // 3)
     sizes = [
         min(have, most, max(least, fits))
-        for have, most, least, fits in zip(there, MOST_WINDOWS, LEAST_WINDOWS, fitting, strict=True)
+        for have, most, least, fits in zip(there, limits, LEAST_WINDOWS, fitting, strict=True)
     ]
     return sizes[0], sizes[1], sizes[2]
 

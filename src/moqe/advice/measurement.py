@@ -36,11 +36,16 @@ class Scores:
     nats: Floats
     divergence: Floats
 
+    def judged(self, by_text: bool) -> Floats:
+        """What a gain is a difference of: the loss where experts follow the text, else the divergence."""
+        return self.nats if by_text else self.divergence
+
 
 @dataclass(frozen=True)
 class Scored:
     """The scored windows with the base's answers. base: its losses, (n,). targets: its hidden states, from float32.
 
+    by_text: whether experts follow the text as well as the base, so that gains are of loss.
     dtype: of the products of experts that are compared with each other. Against the base a bfloat16 product errs by as
     much as 8-bit codes, which cancels in a difference of two experts and not in a gap.
     """
@@ -53,6 +58,7 @@ class Scored:
     targets: Targets
     base: Floats
     dtype: torch.dtype
+    by_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,10 @@ class Width:
     """One width, measured.
 
     divergence_before: the generalist's on the choice windows, not yet distilled, nats. specialists: by label, scored
-    where the label or the router says so; empty where nothing was trained. growth: the specialists' gain in divergence
-    over that after half of their own steps; NaN where that was not looked at.
+    where the label or the router says so; empty where nothing was trained. growth: the specialists' gain over that
+    after half of their own steps; NaN where that was not looked at. rounding: the divergence, per window, of which more
+    bits would leave less: that of the untrained codes where the generalist followed the text, away from the base, and
+    otherwise the generalist's own, None.
     """
 
     bits: int
@@ -71,6 +79,12 @@ class Width:
     specialists: Mapping[str, Scores]
     steps: int
     growth: float
+    rounding: Floats | None = None
+
+    @property
+    def left(self) -> Floats:
+        """`rounding`, or the generalist's divergence in its place."""
+        return self.generalist.divergence if self.rounding is None else self.rounding
 
 
 def score(student: Student, scored: Scored, rows: Sequence[int], dtype: torch.dtype) -> Scores:
@@ -180,6 +194,11 @@ def trained(
     )
     student.load_state(made.state)
     everything = range(len(scored.tokens))
+    rounding = None
+    if scored.by_text:
+        student.load_state({})
+        rounding = score(student, scored, everything, scored.dtype).divergence
+        student.load_state(made.state)
     with progress.track(f"score w{bits}", len(everything)) as advance:
         generalist = score(student, scored, everything, scored.dtype)
         advance(len(everything))
@@ -220,11 +239,11 @@ def trained(
             mine = scored.label == label
             student.load_state(_snapshot(place, halfway))
             then = score(student, scored, np.flatnonzero(mine).tolist(), scored.dtype)
-            at_half += float((middle.divergence - then.divergence)[mine].sum())
-            at_end += float((generalist.divergence - specialists[label].divergence)[mine].sum())
+            at_half += float((middle.judged(scored.by_text) - then.judged(scored.by_text))[mine].sum())
+            at_end += float((generalist.judged(scored.by_text) - specialists[label].judged(scored.by_text))[mine].sum())
         seconds = time.monotonic() - started
     growth = at_end / at_half if at_half > 0 and at_end > 0 else float("nan")
-    return Width(bits, method, divergence_before, generalist, specialists, schedule.steps, growth)
+    return Width(bits, method, divergence_before, generalist, specialists, schedule.steps, growth, rounding)
 
 
 def _snapshot(folder: Path, step: int) -> dict[str, Tensor]:

@@ -4,6 +4,11 @@ Gains are differences of the divergence KL(base || expert). A loss exceeds the b
 mean zero, for text that the base predicts well, in which chance decides: another training run of the same expert has
 another one. The divergence is what carries over to a build, and it has a fraction of the noise. The gain in loss under
 the tokens that came is reported beside it and may contradict it.
+
+Where experts follow the text as well (`text_weight`) they leave the base's predictions on purpose, and gains are of
+loss. Nothing bounds them then, and labels without a specialist are taken to gain alike. What one model of more bits
+gains is read off the divergences of codes that were not trained at all, which flatters it: training makes up for about
+half of them.
 """
 
 from __future__ import annotations
@@ -73,7 +78,7 @@ class Predictor:
         self.widths, self.scored, self.sizes, self.seed = widths, scored, sizes, seed
         self.most = growth**doublings  # factor by which longer training may raise a gain
         self.points = np.array([bits_per_weight(width.bits) for width in widths])
-        self.divergences = np.stack([width.generalist.divergence for width in widths], axis=1)  # (n, k)
+        self.divergences = np.stack([width.left for width in widths], axis=1)  # (n, k)
 
     def gap(self, width: Width) -> Range:
         """What a width's generalist loses against the base, nats per token."""
@@ -94,7 +99,7 @@ class Predictor:
             return divergences[:, here] - gap_at(self.points, divergences, self.points[here] + more_bits)
 
         storage_value, storage = float(saved(values[None, :k])[0]), saved(resampled[:, :k])
-        ceiling = float(np.quantile(resampled[:, here], 0.975))
+        ceiling = math.inf if self.scored.by_text else float(np.quantile(resampled[:, here], 0.975))
         most, extrapolated = self._factor(width, experts)
 
         def predicted(value: float, drawn: Floats) -> Range:
@@ -120,19 +125,19 @@ class Predictor:
     def _gains(self, width: Width, count: int) -> tuple[Floats, Floats, Floats]:
         """What the `count` specialists that help most win on every scored window, (n,) each.
 
-        In divergence by routing and by label, and in loss by routing. Which specialists help, and whether a label that
-        the router gives is answered by its specialist at all, is decided on the choice windows.
+        As judged by routing and by label, and in loss by routing. Which specialists help, and whether a label that the
+        router gives is answered by its specialist at all, is decided on the choice windows.
         """
-        scored, generalist = self.scored, width.generalist
+        scored, generalist, by_text = self.scored, width.generalist, self.scored.by_text
         helped = {}
         for label, scores in width.specialists.items():
             mine = (scored.routed == label) & ~scored.judging
-            helped[label] = float((generalist.divergence - scores.divergence)[mine].sum())
+            helped[label] = float((generalist.judged(by_text) - scores.judged(by_text))[mine].sum())
         best = sorted(helped, key=lambda label: -helped[label])[:count]
         routed = labelled = loss = np.zeros(len(generalist.nats))
         for label in best:
             specialist = width.specialists[label]
-            won = generalist.divergence - specialist.divergence
+            won = generalist.judged(by_text) - specialist.judged(by_text)
             if helped[label] > 0:
                 routed = np.where(scored.routed == label, won, routed)
                 loss = np.where(scored.routed == label, generalist.nats - specialist.nats, loss)
@@ -143,17 +148,19 @@ class Predictor:
         """By what a measured gain may grow in a full build of so many experts, and why.
 
         Labels for which no specialist was trained win at most the same share of their divergence as those for which
-        one was. More experts than labels win at most as much again with every doubling.
+        one was, or as much a window where experts follow the text. More experts than labels win at most as much again
+        with every doubling.
         """
         if not width.specialists:
             return 1.0, ()
         most, why = self.most, ["steps"] * (self.most > 1.0)
-        divergence = {
-            label: float(width.generalist.divergence[self.scored.judging & (self.scored.label == label)].sum())
+        weight = np.ones(len(self.scored.label)) if self.scored.by_text else width.generalist.divergence
+        shares = {
+            label: float(weight[self.scored.judging & (self.scored.label == label)].sum())
             for label in set(self.scored.label.tolist())
         }
-        covered = sum(divergence.get(label, 0.0) for label in width.specialists)
-        others = sorted((value for label, value in divergence.items() if label not in width.specialists), reverse=True)
+        covered = sum(shares.get(label, 0.0) for label in width.specialists)
+        others = sorted((value for label, value in shares.items() if label not in width.specialists), reverse=True)
         further = experts - 1 - len(width.specialists)
         if further > 0 and covered > 0:
             most *= 1.0 + sum(others[:further]) / covered
@@ -178,7 +185,7 @@ def _around(value: float, resampled: Floats) -> tuple[float, float, float]:
 def _widened(value: float, resampled: Floats, most: float, ceiling: float) -> Range:
     """An interval that allows for growth by up to `most`, half of it on a log scale being expected.
 
-    A gain cannot exceed the whole gap to the base, `ceiling`; a loss that is possible is taken to grow as well.
+    A gain of divergence cannot exceed the whole of it, `ceiling`; a loss that is possible is taken to grow as well.
     """
     low, value, high = _around(value, resampled)
     expected = max(value, min(value * math.sqrt(most), ceiling))

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from moqe.advice.advice import Advice, Sampled, WidthFacts, advise_sentence
 from moqe.advice.bench import Bench
-from moqe.advice.budget import FULL, FULL_OWN, MOST_WINDOWS, Clock, affordable_windows, described_cuts
+from moqe.advice.budget import (
+    FULL,
+    FULL_OWN,
+    MOST_TEXT_WINDOWS,
+    MOST_WINDOWS,
+    Clock,
+    affordable_windows,
+    described_cuts,
+)
 from moqe.advice.codes import GROUP_SIZE, RTN, SCALE_BITS, bits_per_weight, check_bits, expert_of
 from moqe.advice.page import write_advice
 from moqe.advice.prediction import Predictor, Size, doublings, growth_of
@@ -46,6 +54,7 @@ def advise(
     out: Path | str | None = None,
     window: int = 256,
     steps: int | None = None,
+    text_weight: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -55,16 +64,18 @@ def advise(
     base: as in a recipe. data: texts, `path` or `path=domain`, or a recipe's sources; with one domain windows are told
     apart by cluster. bits: of the codes. experts: sizes of mixtures, the generalist counted. minutes: bound the work;
     what is cut is said in the result. out: a folder for advice.json and advice.png. window: tokens of a sample. steps:
-    of distillation, instead of as many as fit; with it, equal seeds give equal advice.
+    of distillation, instead of as many as fit; with it, equal seeds give equal advice. text_weight: as in a recipe's
+    `distill`, the share of the text in what experts follow; above 0, gains are of loss and not of divergence.
     Raises RecipeError on options that cannot be, DataError where there are too few documents, ModelError as a build.
     """
     clock, shown = Clock(60.0 * minutes), progress or Silent()
     wanted, sizes = check_bits(bits), _checked(experts, minutes, window, steps, data)
+    if not 0.0 <= text_weight < 1.0:
+        raise RecipeError(f"text_weight must be at least 0 and below 1, not {text_weight:g}")
     check_device(device)
+    most = MOST_TEXT_WINDOWS if text_weight else MOST_WINDOWS
     decoder = Decoder.open(base, device=device)
-    samples = read_samples(
-        [parse_source(source) for source in data], decoder.tokenizer, window, MOST_WINDOWS, seed, shown
-    )
+    samples = read_samples([parse_source(source) for source in data], decoder.tokenizer, window, most, seed, shown)
     judging = len(set(samples.judging.document))
     if judging < MINIMUM_DOCUMENTS:
         raise DataError(
@@ -76,7 +87,7 @@ def advise(
         samples = clustered(samples, embedding, max(sizes) - 1, seed)
     there = samples.sizes
     seconds, quantized = _window_seconds(decoder, samples), sorted({*wanted, REFERENCE_BITS})
-    taken = affordable_windows(clock.seconds, seconds, len(wanted), there)
+    taken = affordable_windows(clock.seconds, seconds, len(wanted), there, most)
     if steps is None and 2 * sum(taken) * seconds > clock.left:
         raise RecipeError(
             f"running the base over {sum(taken)} windows takes {2 * sum(taken) * seconds / 60:.1f} of "
@@ -87,7 +98,7 @@ def advise(
     clock.lap("read")
     specialists = min(len(samples.labels), max(sizes) - 1)
     with tempfile.TemporaryDirectory(prefix="moqe-advise-") as work:
-        bench = Bench(decoder, sample, routed, quantized, seed, Path(work), clock, shown)
+        bench = Bench(decoder, sample, routed, quantized, text_weight, seed, Path(work), clock, shown)
         schedule, widths, left_out = bench.measure(wanted, specialists, steps)
     scored, growth = bench.scored, growth_of(widths)
     bytes_of = _sizes(decoder, quantized)
@@ -136,6 +147,7 @@ def advise(
         full_steps=FULL.steps,
         full_own_steps=FULL_OWN,
         growth=growth,
+        text_weight=text_weight,
         cut=tuple(cuts),
         seed=seed,
         seconds={step: round(value, 1) for step, value in clock.spent.items()},
