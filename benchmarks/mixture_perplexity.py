@@ -1,0 +1,80 @@
+"""Does a whole mixture say the same in another runtime? Perplexity of the mixture and of each expert on real text.
+
+    python -m benchmarks.mixture_perplexity MIXTURE --text FILE [--runtimes llama.cpp packed] [--windows 40]
+
+MIXTURE is a built folder; the text is tokenized from its start. The router sees the same tokens everywhere and chooses
+the same expert, so that what differs is the arithmetic: llama.cpp runs GGUF files, written on the way without loss, and
+rounds activations to 8 bits. Ratios are of perplexity to the reference runtime's on the same windows. `benchmarks.
+latency` leaves a mixture of four 4-bit experts of SmolLM2-135M in `<work>/language/smollm2/mixture`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import moqe
+from benchmarks.tables import table, write_section
+from moqe.mixture import LanguageMixture
+
+REFERENCE, MIXTURE = "reference", "mixture"
+
+
+def losses(mixture: LanguageMixture, windows: Tensor) -> dict[str, float]:
+    """Mean loss by name, nats per token: of the mixture and of every expert, whole windows, int64 (n, t)."""
+    found = {MIXTURE: sum(mixture.score(window).nats for window in windows) / windows[:, 1:].numel()}
+    for name in mixture.experts:
+        found[name] = float(mixture.runtime(name).score(windows).double().mean())
+    return found
+
+
+def main() -> None:
+    """Read the command line, compare, write the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mixture", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
+    parser.add_argument("--runtimes", nargs="+", default=["llama.cpp", "packed", "packed-float32"])
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found: dict[str, dict[str, float]] = {}
+    chosen: Counter[str] = Counter()
+    for name in (REFERENCE, *options.runtimes):
+        mixture = moqe.load(options.mixture, runtime=name)
+        assert isinstance(mixture, LanguageMixture)
+        count = options.windows * options.window
+        ids = mixture.tokenizer(options.text.read_text(encoding="utf-8")[: 10 * count])["input_ids"][:count]
+        windows = torch.tensor(ids).view(options.windows, options.window)
+        found[name] = losses(mixture, windows)
+        chosen = chosen or Counter(mixture.route(window).expert for window in windows)
+    rows = [
+        [
+            line,
+            f"{math.exp(loss):.3f}",
+            *(f"{100 * math.expm1(found[name][line] - loss):+.3f} %" for name in options.runtimes),
+        ]
+        for line, loss in found[REFERENCE].items()
+    ]
+    shares = ", ".join(f"{name} {count}" for name, count in chosen.most_common())
+    text = f"""
+## A whole mixture in other runtimes
+
+Perplexity on {options.windows} windows of {options.window} tokens from the start of {options.text.name}, and how far
+other runtimes are from the reference's. Windows the router sent where: {shares}.
+
+{table(["line", "reference", *options.runtimes], rows)}
+"""
+    print(text)
+    write_section(options.out, "mixture-perplexity", text)
+
+
+if __name__ == "__main__":
+    main()
