@@ -31,7 +31,7 @@ from moqe.router import (
 )
 from moqe.router.baselines import Constant, fit_constant
 from moqe.router.linear import fit_linear
-from moqe.router.novelty import fit_novelty, novel_unseen
+from moqe.router.novelty import fit_novelty, refused_unseen, settle
 from moqe.router.router import prefer
 from moqe.router.selection import folds_by_document
 from moqe.router.standardiser import Standardiser
@@ -142,6 +142,34 @@ def test_what_is_of_no_certain_kind_is_novel_where_there_are_labels(tmp_path: Pa
     assert choose(again.predict(mixed))[-1] == 2
 
 
+def test_the_classifier_of_domains_is_asked_about_the_choice():
+    """Expert 0 is for the left, 1 for the right, and 2, the fallback, costs as much as the wrong one of them."""
+    train, validation, seen = (labelled(200, seed) for seed in (0, 1, 2))
+    for part in (train, validation):
+        part.losses[:, 2] = 0.5
+    novelty = fit_novelty(train, validation, 0.99)
+    assert novelty.kinds is not None
+    x = seen.features.pooled()[:, 0]
+    left, right = x < -2.0, x > 2.0  # of these the classifier is sure
+    known = ~novelty.novel(seen.features)
+    assert bool(known[left | right].any())
+    for always, right_there, wrong_there in ((0, left, right), (1, right, left)):
+        inner = Constant(torch.tensor([float(expert != always) for expert in range(3)]))
+        choice = choose(NoveltyRouter(inner, 2, novelty).predict(seen.features))
+        assert set(choice[right_there & known].tolist()) == {always}
+        assert set(choice[wrong_there].tolist()) == {2}
+    unlabelled = [replace(part, label=None) for part in (train, validation)]
+    free = NoveltyRouter(Constant(torch.tensor([0.0, 1.0, 1.0])), 2, fit_novelty(*unlabelled, 0.99))
+    assert float((choose(free.predict(seen.features)) == 0).float().mean()) > 0.9
+
+
+def test_what_is_refused_is_asked_of_the_choice_alone():
+    costs = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 2.0], [0.0, 1.0, 2.0]])
+    refused = torch.tensor([[False, True, True], [False, True, False], [True, False, False]])
+    assert choose(settle(costs, 2, refused)).tolist() == [0, 2, 2]
+    assert choose(settle(costs, 2, torch.tensor([[False], [True], [False]]))).tolist() == [0, 2, 0]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 3))
 def test_prefer_changes_one_column_of_the_given_rows(seed: int, expert: int):
@@ -228,7 +256,9 @@ def test_unseen_choices_know_of_novelty(planted):
     assert set(fitted.unseen.choice[novel].tolist()) == {1}
     assert len(set(fitted.unseen.choice[~novel].tolist())) == 3
     pool = train.join(validation)
-    assert torch.equal(novel, novel_unseen(pool, folds_by_document(pool.document, 4, 0), 0.5))
+    found, refused = refused_unseen(pool, folds_by_document(pool.document, 4, 0), 0.5, 1)
+    assert torch.equal(novel, found)
+    assert torch.equal(refused, found[:, None].expand(-1, 3))  # these documents have no labels: nobody doubts a choice
 
 
 @pytest.mark.parametrize("fit", [fit_paper, fit_tuned])

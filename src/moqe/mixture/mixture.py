@@ -97,12 +97,17 @@ class Mixture:
                 f"{self.folder.router(name)} routes among {len(costs)} experts, and the mixture has "
                 f"{len(self.experts)}: copy the mixture again"
             )
+        chosen = int(costs.argmin())
         reason = f"lowest predicted cost of {len(self.experts)} by {router.name}, seeing {seen}"
-        unknown = novelty_of(router)
-        if unknown is not None and bool(unknown.novelty.novel(features)[0]):
+        wary = novelty_of(router)
+        if wary is not None and bool(wary.novelty.novel(features)[0]):
             reason = f"unlike anything that {router.name} was trained on, seeing {seen}"
+        elif wary is not None and wary.novelty.kinds is not None and chosen == wary.fallback:
+            reason = (
+                f"no expert that both {router.name} and the classifier of domains expect to do better, seeing {seen}"
+            )
         return Decision(
-            self.experts[int(costs.argmin())],
+            self.experts[chosen],
             {expert: float(cost) for expert, cost in zip(self.experts, costs, strict=True)},
             router.unit,
             name,

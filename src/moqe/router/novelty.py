@@ -45,7 +45,7 @@ from moqe.errors import DataError
 from moqe.router.domain_classifier import DomainClassifier, fit_domain_classifier
 from moqe.router.examples import RoutingExamples
 from moqe.router.features import Features
-from moqe.router.router import Router, Unit, prefer
+from moqe.router.router import Router, Unit, choose, prefer
 from moqe.router.selection import split_folds
 from moqe.router.standardiser import Standardiser, fit_standardiser
 
@@ -90,6 +90,18 @@ class Novelty:
         unsure = self.kinds.probabilities(features).amax(1) < CONFIDENCE
         return far | unsure.to(far.device)
 
+    def refused(self, features: Features, fallback: int) -> Tensor:
+        """Which choices do not count, but give way to `fallback`: bool, (m, experts or 1).
+
+        All of a novel sample's; and where there is a classifier of domains, experts that it expects to lose against
+        the fallback on what it takes the sample for.
+        """
+        novel = self.novel(features)[:, None]
+        if self.kinds is None:
+            return novel
+        expected = self.kinds.predict(features)
+        return novel | (expected > expected[:, fallback, None]).to(novel.device)
+
     def options(self) -> dict[str, Any]:
         """What is saved beside the tensors."""
         kinds = {} if self.kinds is None else {"kinds": self.kinds.options()}
@@ -119,7 +131,7 @@ class Novelty:
 
 @dataclass(frozen=True)
 class NoveltyRouter:
-    """A router whose choice counts only on samples that are not novel; the others get the expert `fallback`."""
+    """A router whose choice counts where `novelty` does not refuse it; else the expert `fallback` gets the sample."""
 
     router: Router
     fallback: int
@@ -136,9 +148,17 @@ class NoveltyRouter:
         return self.router.unit
 
     def predict(self, features: Features) -> Tensor:
-        """The inner router's costs, with that of the fallback just below all others where a sample is novel."""
-        costs = self.router.predict(features)
-        return prefer(costs, self.fallback, self.novelty.novel(features).to(costs.device))
+        """The inner router's costs, with that of the fallback just below all others where its choice is refused."""
+        return settle(self.router.predict(features), self.fallback, self.novelty.refused(features, self.fallback))
+
+
+def settle(costs: Tensor, fallback: int, refused: Tensor) -> Tensor:
+    """Costs, (m, experts), with that of `fallback` just below the lowest one's where the choice of that is refused.
+
+    refused: as from `Novelty.refused`.
+    """
+    chosen = choose(costs)[:, None]
+    return prefer(costs, fallback, refused.to(costs.device).expand_as(costs).gather(1, chosen)[:, 0])
 
 
 def fit_novelty(train: RoutingExamples, validation: RoutingExamples, quantile: float) -> Novelty:
@@ -167,12 +187,17 @@ def fit_novelty(train: RoutingExamples, validation: RoutingExamples, quantile: f
     return Novelty(standardise, fitted.keys, fitted.spread, neighbours, threshold, kinds)
 
 
-def novel_unseen(examples: RoutingExamples, fold: Tensor, quantile: float) -> Tensor:
-    """Whether each sample is novel to the documents of other folds, as `predict_unseen` splits them: bool, (n,)."""
+def refused_unseen(examples: RoutingExamples, fold: Tensor, quantile: float, fallback: int) -> tuple[Tensor, Tensor]:
+    """What documents of other folds say of each sample, as `predict_unseen` splits them.
+
+    Whether it is novel, bool (n,), and which choices are refused, bool (n, experts).
+    """
     novel = torch.zeros(len(examples), dtype=torch.bool)
+    refused = torch.zeros(len(examples), examples.experts, dtype=torch.bool)
     for rows, train, validation in split_folds(examples, fold):
-        novel[rows] = fit_novelty(train, validation, quantile).novel(examples.select(rows).features).cpu()
-    return novel
+        found, features = fit_novelty(train, validation, quantile), examples.select(rows).features
+        novel[rows], refused[rows] = found.novel(features).cpu(), found.refused(features, fallback).cpu()
+    return novel, refused
 
 
 def _distances(x: Tensor, keys: Tensor) -> Tensor:

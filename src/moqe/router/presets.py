@@ -35,9 +35,9 @@ from moqe.router.knn import Knn, fit_knn
 from moqe.router.linear import Linear, fit_linear
 from moqe.router.logistic import Logistic, fit_logistic
 from moqe.router.mlp_network import MlpNetwork
-from moqe.router.novelty import NoveltyRouter, fit_novelty, novel_unseen
+from moqe.router.novelty import NoveltyRouter, fit_novelty, refused_unseen, settle
 from moqe.router.objectives import OBJECTIVES
-from moqe.router.router import Router, choose, prefer
+from moqe.router.router import Router, choose
 from moqe.router.selection import Candidate, Fit, better, folds_by_document, judge, predict_unseen
 from moqe.router.text_network import RoutingNetwork, TextNetwork
 from moqe.router.training import Epoch, TrainingOptions, train_network
@@ -185,9 +185,9 @@ def fit_tuned(
     fits = _candidates(TUNED[modality], options, pool, seed)
     fold = folds_by_document(pool.document, FOLDS, seed)
 
-    novelty, novel = None, torch.zeros(len(pool), dtype=torch.bool)
+    novelty, refused = None, torch.zeros(len(pool), 1, dtype=torch.bool)
     if fallback is not None and options.novelty is not None:
-        novel = novel_unseen(pool, fold, options.novelty)
+        novel, refused = refused_unseen(pool, fold, options.novelty, expert)
         novelty = FittedNovelty(fit_novelty(train, validation, options.novelty), options.novelty, novel)
 
     rival = paper if options.objective is None else None
@@ -196,7 +196,7 @@ def fit_tuned(
     unseen: dict[str, Tensor] = {}
     with progress.track("compare routers", FOLDS * len(fits)) as advance:
         for name, fit in fits.items():
-            unseen[name] = prefer(predict_unseen(fit, pool, fold, advance), expert, novel)
+            unseen[name] = settle(predict_unseen(fit, pool, fold, advance), expert, refused)
             judged.append(judge(name, unseen[name], pool, expert, compared))
     winners = [candidate for candidate in judged if candidate.wins]
     chosen = min(winners, key=lambda candidate: candidate.loss).name if winners else None
@@ -205,7 +205,7 @@ def fit_tuned(
     costs = always.predict(pool.features).double() if chosen is None else unseen[chosen]
     if rival is not None:
         new = rows[len(train) :]
-        theirs = prefer(rival.predict(validation.features).double().cpu(), expert, novel[new])
+        theirs = settle(rival.predict(validation.features).double().cpu(), expert, refused[new])
         judged.append(judge("paper", theirs, validation, expert, compared))
         if judged[-1].wins and better(theirs, costs[new], validation):
             chosen, rows, costs = "paper", new, theirs
