@@ -12,6 +12,9 @@ strength 0.5). Here they are made in one pass, by one process; there by one proc
 used. Both sides begin with opening the model and end with the last file; starting Python and reading texts do not
 count. Whoever is first changes from round to round. All experts are then scored by MoQE's reference runtime on the same
 test windows, theirs read from the files they wrote.
+
+Both start from float32 weights. Scales are stored in bfloat16 here, as checkpoints of bfloat16 models have them, and in
+float32 there (4.25 and 4.5 bits a weight); gptq searches its grids here and spans the extremes there.
 """
 
 from __future__ import annotations

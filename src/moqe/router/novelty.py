@@ -30,6 +30,9 @@ are mostly told apart with more confidence than that, and where they are not, th
 chosen among 0.5 to 0.95, by hand, on the test documents of the 4-bit tables in docs/results.md, whose parts "Unknown to
 the router" say what it leaves: more keeps unknown kinds from specialists, and known ones as well.
 
+The same classifier is asked about the choice of any router: where it expects the chosen expert to lose against the
+fallback on what it takes the sample for, the fallback gets the sample. Two who must agree err less often than one.
+
 Cost: (m + n) n d multiplications, n d numbers in memory; at prediction one (m x n) product, as for `knn`.
 """
 
