@@ -16,11 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import moqe
 from benchmarks.domain_texts import DOMAINS
 from benchmarks.specialists import TEXT_WEIGHT
 from benchmarks.specialists_tables import GENERALIST, MIXTURE, RESAMPLES, TEXT, pooled
 from benchmarks.tables import table, write_section
+from moqe.advice.page import advice_renderable
 from moqe.cli import Bars
 from moqe.data.protocols import WHOLE
 from moqe.evaluate import intervals
@@ -45,6 +48,7 @@ def predict(base: Path, work: Path, folder: Path, options: argparse.Namespace) -
         text_weight=TEXT_WEIGHT if options.variant == TEXT else 0.0,
         progress=Bars(),
     )
+    Console(width=160).print(advice_renderable(advice))
     (row,) = advice.rows
     kept = {"row": asdict(row), "minutes": sum(advice.seconds.values()) / 60, "steps": advice.steps}
     kept |= {"own_steps": advice.own_steps, "sentence": advice.sentence, "cut": advice.cut}

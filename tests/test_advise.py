@@ -23,7 +23,7 @@ from moqe.advice import Advice, Range, Row
 from moqe.advice.advice import advise_sentence
 from moqe.advice.budget import FULL, FULL_OWN, LEAST_WINDOWS, MOST_WINDOWS, Clock, Schedule, affordable_windows, plan
 from moqe.advice.codes import bits_per_weight, make_codes
-from moqe.advice.measurement import Scored, Scores, Width
+from moqe.advice.measurement import Scored, Scores, Width, _growth
 from moqe.advice.page import advice_renderable
 from moqe.advice.prediction import Predictor, Size, doublings, gap_at, growth_of
 from moqe.advice.samples import parse_source, read_samples
@@ -405,6 +405,7 @@ def test_a_gain_of_loss_has_no_bound_and_labels_count_by_windows() -> None:
     found = predictor(widths, replace(scored, by_text=True), growth=2.0, own=1.0).row(widths[1], 3)
     assert found.measured_gain.value == pytest.approx(0.25, abs=0.01)
     assert found.gain.high == pytest.approx(4 * found.measured_gain.high, rel=1e-6)
+    assert found.gain.value == pytest.approx(4 * found.measured_gain.value, rel=1e-6)  # of a divergence, half: twice
     assert found.extrapolated == ("steps", "experts")
 
 
@@ -421,6 +422,10 @@ def test_growth_is_the_median_over_widths_within_bounds() -> None:
     assert growth_of(widths[2:3]) == 2.0
     assert growth_of(widths[3:]) == 1.0
     assert growth_of([replace(widths[0], growth=0.3)]) == 1.0
+    assert growth_of([replace(widths[0], growth=math.inf)]) == 2.0
+    assert _growth(0.1, 0.15) == pytest.approx(1.5)
+    assert _growth(-0.1, 0.15) == math.inf  # it only began to gain
+    assert math.isnan(_growth(0.1, -0.1))
 
 
 def test_a_gain_that_losses_contradict_or_that_is_not_worth_mentioning_does_not_pay() -> None:

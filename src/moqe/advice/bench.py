@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from moqe.advice.budget import FULL, VALIDATION_WINDOWS, Clock, Schedule, plan
+from moqe.advice.budget import FULL, MOST_WINDOWS, VALIDATION_WINDOWS, Clock, Schedule, plan
 from moqe.advice.codes import make_codes
 from moqe.advice.measurement import Scored, Width, base_losses, choice_divergence, pace, trained, untrained
 from moqe.advice.samples import AdviceSamples
@@ -52,7 +52,8 @@ class Bench:
         shared, calibration, scored = work / "shared", samples.calibration, samples.scored
         write_shared(decoder.folder, shared)
         write_json(shared / "config.json", read_json(decoder.folder / "config.json"))
-        self.codes = make_codes(decoder, calibration, bits, work / "codes", shared, clock.seconds, progress)
+        seen = calibration.select(calibration.spread(MOST_WINDOWS[0]))  # more are for what follows the text
+        self.codes = make_codes(decoder, seen, bits, work / "codes", shared, clock.seconds, progress)
         clock.lap("codes")
         device = str(decoder.device)
         self._skeleton: nn.Module = open_shared(shared, shared / SHARED_TENSORS, device).model

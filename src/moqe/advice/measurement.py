@@ -67,9 +67,9 @@ class Width:
 
     divergence_before: the generalist's on the choice windows, not yet distilled, nats. specialists: by label, scored
     where the label or the router says so; empty where nothing was trained. growth: the specialists' gain over that
-    after half of their own steps; NaN where that was not looked at. rounding: the divergence, per window, of which more
-    bits would leave less: that of the untrained codes where the generalist followed the text, away from the base, and
-    otherwise the generalist's own, None.
+    after half of their own steps; NaN where that was not looked at or nothing was gained. rounding: the divergence, per
+    window, of which more bits would leave less: that of the untrained codes where the generalist followed the text,
+    away from the base, and otherwise the generalist's own, None.
     """
 
     bits: int
@@ -242,8 +242,16 @@ def trained(
             at_half += float((middle.judged(scored.by_text) - then.judged(scored.by_text))[mine].sum())
             at_end += float((generalist.judged(scored.by_text) - specialists[label].judged(scored.by_text))[mine].sum())
         seconds = time.monotonic() - started
-    growth = at_end / at_half if at_half > 0 and at_end > 0 else float("nan")
-    return Width(bits, method, divergence_before, generalist, specialists, schedule.steps, growth, rounding)
+    return Width(
+        bits, method, divergence_before, generalist, specialists, schedule.steps, _growth(at_half, at_end), rounding
+    )
+
+
+def _growth(at_half: float, at_end: float) -> float:
+    """By what a gain grew in the second half: infinite where it only then began, NaN where there is none."""
+    if at_end <= 0:
+        return float("nan")
+    return at_end / at_half if at_half > 0 else float("inf")
 
 
 def _snapshot(folder: Path, step: int) -> dict[str, Tensor]:

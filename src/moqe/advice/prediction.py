@@ -6,9 +6,10 @@ another one. The divergence is what carries over to a build, and it has a fracti
 the tokens that came is reported beside it and may contradict it.
 
 Where experts follow the text as well (`text_weight`) they leave the base's predictions on purpose, and gains are of
-loss. Nothing bounds them then, and labels without a specialist are taken to gain alike. What one model of more bits
-gains is read off the divergences of codes that were not trained at all, which flatters it: training makes up for about
-half of them.
+loss. Nothing bounds them then, and what is learnt of a text goes on with every window, while a divergence runs out: the
+growth that was measured is expected to go on, and labels without a specialist to gain as much as the others. What one
+model of more bits gains is read off the divergences of codes that were not trained at all, which flatters it: training
+makes up for about half of them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Size:
 
 def growth_of(widths: Sequence[Width]) -> float:
     """By what a gain grows when a specialist's own steps double, 1 to MOST_GROWTH: the median over widths."""
-    found = [width.growth for width in widths if math.isfinite(width.growth)]
+    found = [width.growth for width in widths if not math.isnan(width.growth)]
     return float(np.clip(np.median(found), 1.0, MOST_GROWTH)) if found else 1.0
 
 
@@ -103,7 +104,8 @@ class Predictor:
         most, extrapolated = self._factor(width, experts)
 
         def predicted(value: float, drawn: Floats) -> Range:
-            return _widened(value, drawn, most, ceiling) if trained else Range(0.0, 0.0, ceiling)
+            expected = most if self.scored.by_text else math.sqrt(most)
+            return _widened(value, drawn, expected, most, ceiling) if trained else Range(0.0, 0.0, ceiling)
 
         gain = predicted(routed, routed_drawn)
         best = np.minimum(most * routed_drawn, ceiling) if trained else np.full(RESAMPLES, ceiling)
@@ -182,11 +184,11 @@ def _around(value: float, resampled: Floats) -> tuple[float, float, float]:
     return low, float(value), high
 
 
-def _widened(value: float, resampled: Floats, most: float, ceiling: float) -> Range:
-    """An interval that allows for growth by up to `most`, half of it on a log scale being expected.
+def _widened(value: float, resampled: Floats, expected: float, most: float, ceiling: float) -> Range:
+    """An interval that allows for growth by up to `most` and none, where growth by `expected` is.
 
     A gain of divergence cannot exceed the whole of it, `ceiling`; a loss that is possible is taken to grow as well.
     """
     low, value, high = _around(value, resampled)
-    expected = max(value, min(value * math.sqrt(most), ceiling))
-    return Range(low if low > 0 else low * most, expected, max(expected, min(high * most, ceiling)))
+    middle = max(value, min(value * expected, ceiling))
+    return Range(low if low > 0 else low * most, middle, max(middle, min(high * most, ceiling)))
