@@ -137,6 +137,8 @@ def test_what_follows_the_text_is_trained_at_every_width(loud_base: Path, domain
     assert [width.steps for width in advice.widths] == [4, 4]
     assert advice.text_weight == 0.5
     assert all(row.measured_gain == row.loss_gain for row in advice.rows)
+    assert "Not worth it" not in advice.sentence
+    assert advice.pays_by_bandwidth or "they had 4 steps of" in advice.sentence
     with (console := Console(width=300)).capture() as said:
         console.print(advice_renderable(advice))
     assert "the text with a weight of 0.5" in said.get()
@@ -445,3 +447,6 @@ def test_the_sentence_names_the_widths_of_each_view() -> None:
     said = advise_sentence(rows)
     assert said.startswith("Worth it at 2 and 3 bits")
     assert said.endswith("At 4 bits only where bytes read per token are the limit.")
+    assert advise_sentence(rows, "too little was seen") == said
+    assert advise_sentence(rows[-1:], "too little was seen").startswith("Undecided: no predicted gain")
+    assert advise_sentence(rows[-1:]).startswith("Not worth it here")

@@ -118,10 +118,15 @@ class Advice:
     seconds: Mapping[str, float]
 
 
-def advise_sentence(rows: tuple[Row, ...]) -> str:
-    """Whether a mixture is worth it, by which view, and where most is won."""
+def advise_sentence(rows: tuple[Row, ...], unlearnt: str = "") -> str:
+    """Whether a mixture is worth it, by which view, and where most is won.
+
+    unlearnt: why specialists that gained nothing may yet do so, in words; empty where that says something.
+    """
     by_storage = [row for row in rows if row.pays_by_storage]
     by_bandwidth = [row for row in rows if row.pays_by_bandwidth]
+    if not by_bandwidth and unlearnt:
+        return f"Undecided: no predicted gain stands clear of zero, but {unlearnt}: give more minutes, or build."
     if not by_bandwidth:
         most = max(rows, key=lambda row: row.gain.high)
         return (

@@ -15,6 +15,7 @@ from moqe.advice.budget import (
     MOST_TEXT_WINDOWS,
     MOST_WINDOWS,
     Clock,
+    Schedule,
     affordable_windows,
     described_cuts,
 )
@@ -110,7 +111,7 @@ def advise(
         cuts.append(f"even so it took {clock.used / 60:.1f} of {minutes:g} minutes")
     advice = Advice(
         base=base,
-        sentence=advise_sentence(rows),
+        sentence=advise_sentence(rows, _unlearnt(schedule) if text_weight else ""),
         pays_by_bandwidth=any(row.pays_by_bandwidth for row in rows),
         pays_by_storage=any(row.pays_by_storage for row in rows),
         rows=rows,
@@ -155,6 +156,16 @@ def advise(
     if out is not None:
         write_advice(Path(out), advice)
     return advice
+
+
+def _unlearnt(schedule: Schedule) -> str:
+    """Why specialists that follow a text and gained nothing may yet do so; empty where they had a build's time."""
+    if 2 * schedule.own_steps > FULL_OWN:
+        return ""
+    return (
+        f"what specialists learn of a text comes with the text they see, and they had {schedule.own_steps} steps of "
+        f"{FULL_OWN}"
+    )
 
 
 def _checked(
