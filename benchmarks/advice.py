@@ -31,7 +31,6 @@ from moqe.evaluate.format import signed, signed_interval
 from moqe.store import read_json, write_json
 
 PREDICTION = "advice.json"
-FACTOR = 2.0  # within which a prediction should be
 
 
 def predict(base: Path, work: Path, folder: Path, options: argparse.Namespace) -> None:

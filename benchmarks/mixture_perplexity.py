@@ -52,6 +52,8 @@ def main() -> None:
         assert isinstance(mixture, LanguageMixture)
         count = options.windows * options.window
         ids = mixture.tokenizer(options.text.read_text(encoding="utf-8")[: 10 * count])["input_ids"][:count]
+        if len(ids) < count:
+            raise SystemExit(f"{options.text} has {len(ids)} tokens and {count} are asked for: lower --windows")
         windows = torch.tensor(ids).view(options.windows, options.window)
         found[name] = losses(mixture, windows)
         chosen = chosen or Counter(mixture.route(window).expert for window in windows)
