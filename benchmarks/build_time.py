@@ -18,7 +18,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from benchmarks.language import INT4, experts, make_recipe
+from benchmarks.language import experts, make_recipe
+from benchmarks.language_mixtures import INT4
 from benchmarks.tables import table, write_section
 from moqe.progress import Silent
 from moqe.recipe import Recipe

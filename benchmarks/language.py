@@ -14,7 +14,6 @@ are disjoint; a difference's interval is a bootstrap over documents.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import resource
 import subprocess
@@ -28,29 +27,28 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from benchmarks.language_mixtures import (
+    FAMILY,
+    INT3,
+    INT4,
+    INT8,
+    PLAIN,
+    ROUTER_SPLITS,
+    mixtures_section,
+    specialists_section,
+)
 from benchmarks.tables import table, write_section
 from moqe.cli import Bars
 from moqe.data.protocols import WHOLE
-from moqe.evaluate import BASE, LossTable, LossTableFile, ProtocolVerdict, intervals, judge, read_losses
-from moqe.evaluate.format import number, percent, share_interval, signed_interval, size
-from moqe.evaluate.routing import RoutingData, answer, fit_routers
+from moqe.evaluate import BASE, LossTable, LossTableFile, intervals, read_losses
+from moqe.evaluate.format import signed_interval, size
 from moqe.recipe import Recipe, parse_recipe
 from moqe.store import read_json, write_json
 from moqe.tasks import LanguageTask
 
 DOMAINS = ("wikitext2", "c4", "openwebtext")
-INT8 = ("gptq-w8a16", "smoothquant-w8a8", "awq-w8a16", "kquants-q8_0", "imatrix-q8_0")
-INT4 = ("gptq-w4a16", "smoothquant-w4a8", "awq-w4a16", "kquants-q4", "imatrix-q4")
-PLAIN = ("rtn-w8a16", "rtn-w4a16")
-INT3 = ("rtn-w3a16", "rtn-searched-w3a16", "imatrix-w3a16", "awq-w3a16", "gptq-minmax-w3a16", "gptq-w3a16")
-TABLES = {
-    "Table 2: int8, four experts": INT8[:4],
-    "Table 3: int4, four experts": INT4[:4],
-    "Table 4: five experts, int8": INT8,
-    "Table 4: five experts, int4": INT4,
-}
-ROUTER_SPLITS = ("router_train", "router_validation")
 CHUNK = 16
+OWN_WEIGHT, STEPS, BRANCH = 32.0, 64, 16  # of specialists, as in `benchmarks.specialists`
 
 
 def experts() -> list[dict[str, Any]]:
@@ -196,42 +194,6 @@ def against(test: LossTable, names: Sequence[str], reference: str, seed: int, re
     return table([f"nats minus {reference} [95 %]", *DOMAINS, "all"], rows)
 
 
-def mixture_rows(verdicts: Sequence[ProtocolVerdict]) -> str:
-    """One table's rows: nats per token and difference to the best single expert, per protocol."""
-    header = ["line", *(f"{v.protocol}: nats [95 %]" for v in verdicts)]
-    header += [f"{v.protocol}: minus best single [95 %]" for v in verdicts]
-    order = [(line.kind, line.name) for line in verdicts[0].lines]
-    rows = []
-    for kind, name in order:
-        lines = [next((x for x in v.lines if (x.kind, x.name) == (kind, name)), None) for v in verdicts]
-        label = "mixture (`tuned`, guard)" if kind == "mixture" else f"router `{name}`" if kind == "router" else name
-        values = ["" if x is None else f"{number(x.value)} [{number(x.low)}, {number(x.high)}]" for x in lines]
-        differences = [
-            "best single"
-            if x is not None and x.difference is None
-            else ""
-            if x is None or x.difference is None
-            else signed_interval(x.difference)
-            for x in lines
-        ]
-        rows.append([label, *values, *differences])
-    rows.append(["share of oracle gap", *(share_interval(v.oracle_share) for v in verdicts), *[""] * len(verdicts)])
-    rows.append(
-        ["share of split-half gap", *(share_interval(v.split_half_share) for v in verdicts), *[""] * len(verdicts)]
-    )
-    text = table(header, rows)
-    for verdict in verdicts:
-        paper = next(line for line in verdict.lines if line.name == "paper")
-        claim = (
-            "wins"
-            if paper.difference is not None and paper.difference.excludes_zero() and paper.difference.value < 0
-            else "does not win"
-        )
-        shares = ", ".join(f"{name} {percent(share)}" for name, share in verdict.mixture.share.items() if share > 0)
-        text += f"\n\n**{verdict.protocol}.** {verdict.sentence} The paper's router {claim}. Shares: {shares}."
-    return text
-
-
 def main() -> None:
     """Read the command line, make what is missing, write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,11 +204,16 @@ def main() -> None:
     parser.add_argument("--calibration-samples", type=int, default=96)
     parser.add_argument("--router-samples", type=int, default=216)
     parser.add_argument("--test-samples", type=int, default=144)
-    parser.add_argument("--only", choices=("mixtures", "methods"), help="write one of the two sections")
+    parser.add_argument("--distill-samples", type=int, default=768, help="calibration windows that specialists see")
+    parser.add_argument("--only", choices=("mixtures", "methods", "specialists"), help="write one of the sections")
     options = parser.parse_args()
     console, bars = Console(stderr=True), Bars()
-    recipe = make_recipe(options.base, options.data, options)
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.only in (None, "specialists"):
+        write_specialists(options, bars, console)
+    if options.only == "specialists":
+        return
+    recipe = make_recipe(options.base, options.data, options)
     clock = Clock(options.work / f"facts-{recipe.hash}.json")
     task = LanguageTask(recipe, options.work / recipe.hash)
     with clock.step("all experts in one pass"):
@@ -258,10 +225,32 @@ def main() -> None:
     mixed = (BASE, *INT8, *INT4)
     if options.only != "methods":
         score(task, parts, mixed, splits, bars).merge(parts / "losses.parquet")
-        write_mixtures(options.out, task, recipe, parts / "losses.parquet", clock, bars, console)
+        text = mixtures_section(task, recipe, parts / "losses.parquet", bars, console)
+        write_section(options.out, "language-mixtures", text)
     if options.only != "mixtures":
         score(task, parts, (*mixed, *PLAIN, *INT3), ("test",), bars).merge(parts / "test.parquet")
         write_methods(options.out, task, recipe, parts / "test.parquet", clock, options)
+
+
+def specialists_recipe(options: argparse.Namespace) -> Recipe:
+    """The int4 experts of the tables, gptq distilled on all three corpora, and a specialist for each of them."""
+    content = make_recipe(options.base, options.data, options).to_mapping()
+    int4 = [expert for expert in content["experts"] if expert["name"] in INT4]
+    family = {"method": "gptq", "scheme": "w4a16", "group_size": 64, "own_weight": OWN_WEIGHT}
+    distill = {"steps": STEPS, "branch_after": BRANCH, "batch_windows": 4, "samples": options.distill_samples}
+    return parse_recipe(
+        content | {"runtime": "bfloat16", "experts": int4, "specialists": family | {"distill": distill}}
+    )
+
+
+def write_specialists(options: argparse.Namespace, bars: Bars, console: Console) -> None:
+    """The section on a distilled expert and on specialists, from experts of their own."""
+    recipe = specialists_recipe(options)
+    task, parts = LanguageTask(recipe, options.work / recipe.hash), options.work / f"losses-{recipe.hash}"
+    task.make_experts(bars)
+    score(task, parts, (BASE, *INT4, *FAMILY), (*ROUTER_SPLITS, "test"), bars).merge(parts / "losses.parquet")
+    text = specialists_section(task, recipe, parts / "losses.parquet", bars, console)
+    write_section(options.out, "language-specialists", text)
 
 
 def independent(task: LanguageTask, base: Path, work: Path) -> float:
@@ -316,53 +305,6 @@ Lowest at 3 bits: {best}. The others against it:
 {against(test, [name for name in INT3 if name != best], best, seed, resamples)}
 """
     write_section(out, "language-methods", text)
-
-
-def write_mixtures(
-    out: Path, task: LanguageTask, recipe: Recipe, losses: Path, clock: Clock, bars: Bars, console: Console
-) -> None:
-    """The section on mixtures: one table per set of experts, written as each is done."""
-    splits = task.splits()
-    sizes = ", ".join(f"{name} {len(split)} ({len(set(split.document))})" for name, split in splits.items())
-    text = f"""
-## Mixtures on {Path(recipe.base).name}: Tables 2 to 4
-
-Windows of {recipe.data.window} tokens (documents): {sizes}. Best single expert: chosen on validation. `prefix-64`
-routes on the first 64 tokens and scores the rest. Negative differences are better than the best single expert. Each
-table asks four questions (two routers, two protocols); one interval in twenty misses zero by chance.
-"""
-    for title, names in TABLES.items():
-        verdicts = []
-        for protocol in (WHOLE, "prefix-64"):
-            tables = {
-                split: read_losses(losses, split, protocol, task.metric).of(names)
-                for split in splits
-                if split != "calibration"
-            }
-            started = time.perf_counter()
-            fitted = fit_routers(
-                *(RoutingData(tables[split], tables[split], task.features(split, protocol)) for split in ROUTER_SPLITS),
-                recipe.router,
-                task.modality,
-                recipe.seed,
-                bars,
-            )
-            test = {task.metric: tables["test"]}
-            answers = answer(test, task.features("test", protocol), fitted.routers)
-            verdicts.append(
-                judge(
-                    test,
-                    tables["router_validation"],
-                    answers.outcomes,
-                    recipe.seed,
-                    recipe.bootstrap_samples,
-                    predicted=answers.predicted,
-                )
-            )
-            clock.note(f"routers {title} {protocol} seconds", round(time.perf_counter() - started, 1))
-            console.print(title, protocol, verdicts[-1].sentence, json.dumps(fitted.selection["tuned"]["chosen"]))
-        text += f"\n### {title}\n\n{mixture_rows(verdicts)}\n"
-        write_section(out, "language-mixtures", text)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ wants older packages than MoQE is tested with, so it has one of its own:
 Three experts on the same calibration tokens: gptq and rtn (4 bits, symmetric, groups of 64) and smoothquant (w8a8,
 strength 0.5). Here they are made in one pass, by one process; there by one process each, which is how that tool is
 used. Both sides begin with opening the model and end with the last file; starting Python and reading texts do not
-count. Whoever is first changes from round to round. All experts are then scored by MoQE's reference runtime on the same
+count. Who is first changes from round to round. All experts are then scored by MoQE's reference runtime on the same
 test windows, theirs read from the files they wrote.
 
-Both start from float32 weights. Scales are stored in bfloat16 here, as checkpoints of bfloat16 models have them, and in
-float32 there (4.25 and 4.5 bits a weight); gptq searches its grids here and spans the extremes there.
+Both start from float32 weights and store float32 scales. Here statistics are taken twice: with float32 products, as
+there, and with `calibration_precision: bfloat16`. gptq searches its grids here and spans the extremes there. The last
+column has 16-bit scales, which are the default here.
 """
 
 from __future__ import annotations
@@ -42,11 +43,14 @@ from moqe.runtimes.reference import ReferenceRuntime
 from moqe.tasks import LanguageTask
 
 GROUP_SIZE = 64
-EXPERTS = (
+EXPERTS: tuple[dict[str, Any], ...] = (
     {"name": "gptq", "method": "gptq", "scheme": "w4a16", "group_size": GROUP_SIZE},
     {"name": "smoothquant", "method": "smoothquant", "scheme": "w8a8", "smoothquant": {"alpha": 0.5}},
     {"name": "rtn", "method": "rtn", "scheme": "w4a16", "group_size": GROUP_SIZE},
 )
+PRECISIONS = ("float32", "bfloat16")  # of products while statistics are taken here
+NARROW = "bfloat16-16"  # the same with 16-bit scales
+THERE = "there"
 THEIRS = Path(__file__).with_name("peers_llmcompressor.py")
 
 
@@ -80,10 +84,12 @@ def perplexity(base: Any, folder: Path, tokens: torch.Tensor) -> float:
     return math.exp(float(ReferenceRuntime(base, open_expert(folder), name=folder.name).score(tokens).double().mean()))
 
 
-def peers_recipe(base: Path, data: Path, options: argparse.Namespace) -> Recipe:
+def peers_recipe(options: argparse.Namespace, precision: str, scale_bits: int) -> Recipe:
     """The recipe of `benchmarks.language`, with the experts of this comparison."""
-    content = make_recipe(base, data, options).to_mapping()
-    return parse_recipe(content | {"experts": list(EXPERTS)})
+    content = make_recipe(options.base, options.data, options).to_mapping()
+    data = content["data"] | {"calibration_precision": precision}
+    experts = [expert | {"scale_bits": scale_bits} for expert in EXPERTS]
+    return parse_recipe(content | {"data": data, "experts": experts})
 
 
 def main() -> None:
@@ -102,40 +108,48 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    recipe = peers_recipe(options.base, options.data, options)
-    (options.work / "recipe.yaml").write_text(json.dumps(recipe.to_mapping()))
-    splits = LanguageTask(recipe, options.work / "splits").splits()
+    recipes = {precision: peers_recipe(options, precision, 32) for precision in PRECISIONS}
+    recipes[NARROW] = peers_recipe(options, "bfloat16", 16)
+    for name, recipe in recipes.items():
+        (options.work / f"recipe-{name}.yaml").write_text(json.dumps(recipe.to_mapping()))
+    splits = LanguageTask(recipes[NARROW], options.work / "splits").splits()
     calibration, test = splits["calibration"].tokens, splits["test"].tokens
-    save_file({"tokens": calibration.contiguous()}, options.work / "tokens.safetensors")
-    our_rounds, their_rounds = [], []
+    tokens = options.work / "tokens.safetensors"
+    save_file({"tokens": calibration.contiguous()}, tokens)
+
+    def run(side: str) -> dict[str, Any]:
+        if side == THERE:
+            return theirs(options.peer, options.base, tokens, options.work / "theirs", options.threads)
+        return ours(options.work / f"recipe-{side}.yaml", options.work / f"ours-{side}", options.threads)
+
+    sides = [*PRECISIONS, THERE]
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for turn in range(options.rounds):
-        for side in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
-            if side == "ours":
-                our_rounds.append(ours(options.work / "recipe.yaml", options.work / "ours", options.threads))
-            else:
-                their_rounds.append(
-                    theirs(
-                        options.peer,
-                        options.base,
-                        options.work / "tokens.safetensors",
-                        options.work / "theirs",
-                        options.threads,
-                    )
-                )
+        for side in (*sides[turn % 3 :], *sides[: turn % 3]):
+            rounds[side].append(run(side))
+    run(NARROW)
     base: Any = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
     full = math.exp(float(ReferenceRuntime(base).score(test).double().mean()))
     rows = []
-    for expert in EXPERTS:
-        name = str(expert["name"])
-        mine = perplexity(base, options.work / "ours" / "experts" / name, test)
+    for name in (str(expert["name"]) for expert in EXPERTS):
         other = perplexity(base, options.work / "theirs" / name, test)
-        alone = ", ".join(f"{turn[name]['seconds']:.0f}" for turn in their_rounds)
-        rows.append([name, f"{mine:.3f}", f"{other:.3f}", f"{100 * (mine / other - 1):+.2f} %", alone])
-    total = [sum(found["seconds"] for found in turn.values()) for turn in their_rounds]
-    peak = [float(max(found["peak_bytes"] for found in turn.values())) for turn in their_rounds]
-    time_ratio = ratios([turn["seconds"] for turn in our_rounds], total)
-    memory_ratio = ratios([float(turn["peak_bytes"]) for turn in our_rounds], peak)
-    versions = ", ".join(f"{name} {version}" for name, version in their_rounds[0]["gptq"]["versions"].items())
+        row = [name, f"{other:.3f}"]
+        for side in recipes:
+            mine = perplexity(base, options.work / f"ours-{side}" / "experts" / name, test)
+            row += [f"{mine:.3f} ({100 * (mine / other - 1):+.2f} %)"]
+        rows.append([*row, ", ".join(f"{turn[name]['seconds']:.0f}" for turn in rounds[THERE])])
+    total = [sum(found["seconds"] for found in turn.values()) for turn in rounds[THERE]]
+    peak = [float(max(found["peak_bytes"] for found in turn.values())) for turn in rounds[THERE]]
+    ratio_rows = [
+        [
+            f"statistics in {side}",
+            ratios([turn["seconds"] for turn in rounds[side]], total).text(),
+            ratios([float(turn["peak_bytes"]) for turn in rounds[side]], peak).text(),
+            ", ".join(f"{turn['seconds']:.0f}" for turn in rounds[side]),
+        ]
+        for side in PRECISIONS
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in rounds[THERE][0]["gptq"]["versions"].items())
     text = f"""
 ## Building three experts: here against llm-compressor
 
@@ -143,11 +157,13 @@ def main() -> None:
 sides; {len(test)} test windows; {options.threads} threads on {platform.processor() or platform.machine()}. Theirs:
 {versions}. Here: one process and one pass for all three, torch {torch.__version__}.
 
-Here / there, {options.rounds} rounds, median (range): wall time {time_ratio.text()}, peak memory
-{memory_ratio.text()} (there the largest of the three processes). Seconds here:
-{", ".join(f"{turn['seconds']:.0f}" for turn in our_rounds)}.
+Here / there, {options.rounds} rounds, median (range); memory there is the largest of the three processes:
 
-{table(["expert", "perplexity here", "perplexity there", "difference", "seconds there"], rows)}
+{table(["here", "wall time", "peak memory", "seconds here"], ratio_rows)}
+
+Perplexity, and the difference from theirs:
+
+{table(["expert", "there", "here", "here, bfloat16", "here, bfloat16, 16-bit scales", "seconds there"], rows)}
 
 The full-precision model has {full:.3f}.
 """

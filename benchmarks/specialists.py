@@ -13,8 +13,9 @@ generalist and each specialist. They read as many bytes per token as the mixture
 storage buy as one model is measured too: the distilled generalist of one bit more, where FOLDER has it for the same
 seed, and at 4 bits an imatrix expert of 5.5 bits (`--variant matched`).
 
-With `--variant text` the generalist and its specialists follow the base and the calibration text half and half, all of
-them alike. Part of what they win then is that they adapt to the texts, which the base could be trained to as well.
+With `--variant text`, or `text+clusters` and so on, the generalist and its specialists follow the base and the
+calibration text half and half, all of them alike. Part of what they win then is that they adapt to the texts, which the
+base could be trained to as well. Of clusters there are as many as `--specialists` names domains.
 """
 
 from __future__ import annotations
@@ -38,18 +39,19 @@ from moqe.evaluate import BASE, LossTable, read_losses
 from moqe.evaluate.domain_label import fit_domain_label
 from moqe.evaluate.judge import DOMAIN, PROBE, ROUTE
 from moqe.evaluate.routing import RoutingData, answer, fit_routers
+from moqe.folder import CERTIFICATE
 from moqe.recipe import Recipe, parse_recipe
 from moqe.store import read_json, write_json
 from moqe.tasks import LanguageTask
 
 SPLITS = ("router_train", "router_validation", "test")
-VARIANTS: dict[str, dict[str, Any]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "codes": {},
-    "clusters": {"by": "cluster", "count": len(DOMAINS)},
+    "clusters": {"by": "cluster"},
     "none": {"share": "none"},
     "rounds": {"rounds": 2},
-    TEXT: {},
 }
+VARIANTS = KINDS | {TEXT: {}} | {f"{TEXT}+{kind}": what for kind, what in KINDS.items() if what}
 TEXT_WEIGHT = 0.5  # of the text in what experts of the variant `text` follow; the rest is the base
 SAMPLES = 352  # windows of each domain for distillation; statistics take 64
 OWN_WEIGHT = 32.0  # how much oftener a specialist sees its own
@@ -66,7 +68,7 @@ def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: st
     scheme, group = f"w{bits}a16", {"group_size": GROUP, "symmetric": False}
     distill = {"steps": options.steps, "batch_windows": options.batch_windows, "learning_rate": options.learning_rate}
     distill |= {"samples": options.samples * len(seen)}
-    if variant == TEXT:
+    if variant.startswith(TEXT):
         distill |= {"text_weight": TEXT_WEIGHT}
     if variant == MATCHED:
         kinds: dict[str, Any] = {
@@ -75,6 +77,8 @@ def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: st
     else:
         # Steps made once for all: only experts with common codes can share them.
         branch = {"branch_after": options.branch} if VARIANTS[variant].get("share", "codes") == "codes" else {}
+        by_cluster = VARIANTS[variant].get("by") == "cluster"
+        wanted = {"count": len(options.specialists or DOMAINS)} if by_cluster else {"domains": options.specialists}
         kinds = {
             "experts": [
                 {"name": "imatrix", "method": "imatrix", "scheme": scheme, **group},
@@ -85,8 +89,8 @@ def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: st
                 "scheme": scheme,
                 **group,
                 "own_weight": options.own_weight,
-                "domains": options.specialists,
                 "distill": distill | branch,
+                **wanted,
                 **VARIANTS[variant],
             },
         }
@@ -121,7 +125,7 @@ def measure(recipe: Recipe, folder: Path, seed: int, bars: Bars) -> None:
     names = tuple(expert.name for expert in recipe.experts)
     losses, splits = folder / "losses.parquet", SPLITS if recipe.specialists is not None else SPLITS[-1:]
     score(task, folder / "scores", (BASE, *names), splits, bars).merge(losses)
-    found: dict[str, Any] = {"seed": seed, "bytes": sizes(folder, names), "protocols": {}}
+    found: dict[str, Any] = {"seed": seed, "bytes": sizes(folder, names), "made": made(folder, names), "protocols": {}}
     for protocol in task.protocols:
         test = read_losses(losses, "test", protocol, task.metric)
         facts = {
@@ -171,11 +175,12 @@ def measure_more(recipe: Recipe, folder: Path, seed: int, bars: Bars) -> None:
     found = read_json(folder / "outcomes.json")
     task = LanguageTask(recipe, folder)
     protocol = task.protocols[0]
+    assert task.recipe.specialists is not None
     shared = all(expert.codes_of for expert in recipe.experts if expert.name.startswith("for-"))
     if shared and not (folder / "memory.json").exists():
         curve = memory_curve(task, folder, found["protocols"][protocol], protocol, bars)
         write_json(folder / "memory.json", curve)
-    if not (folder / "held-out.json").exists():
+    if task.recipe.specialists.by == "domain" and not (folder / "held-out.json").exists():
         write_json(folder / "held-out.json", held_out_routing(task, folder / "losses.parquet", protocol, seed))
 
 
@@ -189,6 +194,12 @@ def split_half(test: LossTable) -> list[float]:
     other, rows = test.halves.argmin(1), np.arange(len(test))  # (n, 2)
     found: list[float] = (test.halves[rows, other[:, 0], 1] + test.halves[rows, other[:, 1], 0]).tolist()
     return found
+
+
+def made(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """What specialists' certificates say about rounds of alternation and about the windows they are for."""
+    found = {name: read_json(folder / "experts" / name / CERTIFICATE).get("distilled") or {} for name in names}
+    return {name: {key: facts[key] for key in ("rounds", "own") if facts.get(key)} for name, facts in found.items()}
 
 
 def sizes(folder: Path, names: tuple[str, ...]) -> dict[str, int]:

@@ -35,10 +35,10 @@ def sections(work: Path) -> dict[str, str]:
         bits, variant, *rest = name.split("-", 2)
         if variant == MATCHED:
             continue
-        alike = TEXT if variant == TEXT else "codes"
+        alike = TEXT if variant.startswith(TEXT) else "codes"
         more = ("4-matched", "imatrix-q5") if bits == "4" else (f"{int(bits) + 1}-{alike}", GENERALIST)
         _match(runs, found.get(more[0], []), more[1], f"{more[1]}, {int(bits) + 1} bits", of_more_bits=True)
-        if variant == TEXT:
+        if variant.startswith(TEXT):
             _match(runs, found.get(f"{bits}-codes", []), GENERALIST, f"{GENERALIST} that follows the base alone")
         held = rest[0].removeprefix("without-") if rest else ""
         written[name] = section(int(bits), variant, runs, held)
@@ -107,6 +107,10 @@ def section(bits: int, variant: str, found: list[Outcomes], hold_out: str) -> st
         text.append(f"**{protocol}**, {len(document)} windows, {many}.\n\n{table(header, rows)}")
         text.append(by_domain(ways, document, count, domain))
     text += [recovered(found, variant), stored(found)]
+    if "clusters" in variant:
+        text.append(clusters(found))
+    if "rounds" in variant:
+        text.append(alternation(found))
     text += [
         made(found) for made, name in ((memory, "memory"), (held_out, "held-out")) if all(name in x for x in found)
     ]
@@ -121,6 +125,29 @@ def stored(found: list[Outcomes]) -> str:
         more = float(np.mean([each["more bytes"] for each in found]))
         text += f", the single expert of more bits {more / one:.3f} times"
     return text + ". Per token one expert's bytes are read."
+
+
+def clusters(found: list[Outcomes]) -> str:
+    """What each cluster's specialist is for: how many calibration windows, and the words that tell them apart."""
+    rows = [
+        [name, str(one["seed"]), str(facts["own"]["windows"]), ", ".join(f"`{word}`" for word in facts["own"]["words"])]
+        for one in found
+        for name, facts in one["made"].items()
+        if "own" in facts
+    ]
+    return table(["specialist", "seed", "calibration windows", "telling words"], rows)
+
+
+def alternation(found: list[Outcomes]) -> str:
+    """The family's loss on validation windows after each round, who answers chosen on the other half of a window."""
+    rows = []
+    for one in found:
+        rounds: list[dict[str, float]] = next((x["rounds"] for x in one["made"].values() if "rounds" in x), [])
+        values = [rounds[0]["before"], *(entry["after"] for entry in rounds)] if rounds else []
+        rows.append([str(one["seed"]), " → ".join(number(value) for value in values) or "none"])
+    return "Alternation ends with the first round that does not lower this, and that round is undone.\n\n" + table(
+        ["seed", "on validation windows, before and after each round"], rows
+    )
 
 
 def memory(found: list[Outcomes]) -> str:
@@ -198,7 +225,7 @@ def recovered(found: list[Outcomes], variant: str) -> str:
     ways, document, count, _ = pooled(found, WHOLE)
     gap, left = (float((ways[name] - ways[BASE]).sum() / count.sum()) for name in ("gptq", GENERALIST))
     (bound,) = intervals(document, (ways[GENERALIST] - ways["gptq"])[:, None], count, RESAMPLES, 0, differences=True)
-    if variant == TEXT:  # a share of gptq's loss would take adaptation for repair
+    if variant.startswith(TEXT):  # a share of gptq's loss would take adaptation for repair
         return f"The generalist, which follows base and text: {signed_interval(bound)} nats against gptq."
     text = f"Distillation alone: {signed_interval(bound)} nats against gptq"
     return text + (f", {100 * (1 - left / gap):.0f} % of its loss against the base." if gap > 0 else ".")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from moqe.data_options import Sources
 from moqe.errors import did_you_mean
@@ -40,17 +40,21 @@ class Expert(Options):
 
     `calibration` weighs the calibration domains in the statistics (a missing domain counts 1); empty weighs all alike.
     `on_unsupported` says what happens to a layer that the method cannot do; `block_fallback` names the block scheme
-    for rows that the block scheme's super-blocks do not fit. `distill` trains the scales end to end afterwards.
+    for rows that the block scheme's super-blocks do not fit. `scale_bits: 32` stores an integer scheme's scales in
+    float32, at 16 more bits a group. `distill` trains the scales end to end afterwards.
     `codes_of` names the expert whose integer codes this one takes over instead of making its own: what distinguishes it
     is how its scales are distilled. `base` and `weights` make an image expert of another full-precision model with the
     same labels.
     """
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"scale_bits"})
 
     name: Name
     method: str = ""
     scheme: str = ""
     group_size: int | None = Field(None, ge=0)
     symmetric: bool | None = None
+    scale_bits: Literal[16, 32] | None = None
     checkpoint: str = ""
     codes_of: str = ""
     base: str = ""
@@ -122,6 +126,8 @@ class Specialists(Options):
     biases and the steps of activations on top of one set of codes.
     """
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"domains", *IMAGE_METHODS})
+
     count: int | None = Field(None, ge=2)
     by: Literal["domain", "cluster"] = "domain"
     domains: tuple[str, ...] | None = Field(None, min_length=1)
@@ -136,13 +142,6 @@ class Specialists(Options):
     distill: Distill = Distill()
     qat: Qat | None = None
     brecq: Brecq | None = None
-
-    @model_serializer(mode="wrap")
-    def _what_is_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `domains` and the sections of image methods where they are not stated: hashes do not know them."""
-        content: dict[str, Any] = serialize(self)
-        optional = (*IMAGE_METHODS, "domains")
-        return {key: value for key, value in content.items() if key not in optional or value is not None}
 
     def labels(self, sources: Sources) -> tuple[str, ...]:
         """What the calibration windows are told apart by. Raises ValueError where that does not work out."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from moqe.options import Options
 
@@ -51,6 +51,8 @@ class Distill(Options):
     `precision: auto` multiplies in bfloat16 where the processor has instructions for it.
     """
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"text_weight"})
+
     steps: int = Field(120, ge=1)
     batch_windows: int = Field(2, ge=1)
     learning_rate: float = Field(0.0015, gt=0.0)
@@ -63,12 +65,6 @@ class Distill(Options):
     samples: int | None = Field(None, ge=2)
     text_weight: float = Field(0.0, ge=0.0, lt=1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    @model_serializer(mode="wrap")
-    def _what_is_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a `text_weight` of 0: hashes do not know it."""
-        content: dict[str, Any] = serialize(self)
-        return {key: value for key, value in content.items() if key != "text_weight" or value}
 
     @model_validator(mode="after")
     def _consistent(self) -> Distill:

@@ -58,7 +58,7 @@ __all__ = [
 ONLY: dict[str, dict[type[Options], frozenset[str]]] = {
     "language": {
         Source: frozenset({"domain", "separator"}),
-        Data: frozenset({"window"}),
+        Data: frozenset({"window", "calibration_precision"}),
         Expert: frozenset({"checkpoint", "calibration", "sequential", "on_unsupported", "block_fallback"})
         | {"group_size", "symmetric", "gptq", "awq", "smoothquant", "rtn", "codes_of", "distill"},
         Router: frozenset({"layers", "heads", "dropout", "max_tokens"}),

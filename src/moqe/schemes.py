@@ -19,6 +19,8 @@ class Scheme:
     `group_size` is the number of consecutive input channels that share a scale; 0 means one scale per output
     channel. `activation_bits` of 16 means activations stay in floating point; otherwise they are quantized per token,
     symmetrically, when the layer runs. `block` names ggml's type for block schemes and is empty for integer schemes.
+    `scale_bits` are those of an integer scheme's scales as a recipe asks for them: 16, in the type that the base model
+    suggests, or 32. Scales that are read have the type of their tensor, whatever this says.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Scheme:
     block: str = ""
     block_size: int = 0  # rows must be a multiple of it
     block_bytes: int = 0
+    scale_bits: int = 16
 
     @property
     def is_block(self) -> bool:
@@ -42,7 +45,7 @@ class Scheme:
         return (-half, half - 1) if self.symmetric else (0, 2 * half - 1)
 
     def bits_per_weight(self, columns: int) -> float:
-        """Stored bits per weight of a row of `columns` inputs (16-bit scales, zero points at the codes' width).
+        """Stored bits per weight of a row of `columns` inputs: codes, scales, zero points at the codes' width.
 
         Codes that meet quantized activations are stored as int8 whatever their width, which is what loaders expect.
         """
@@ -50,17 +53,17 @@ class Scheme:
             return 8 * self.block_bytes / self.block_size
         size = self.group_size or columns
         stored = self.weight_bits if self.activation_bits == 16 else 8
-        return stored + (16 + (0 if self.symmetric else stored)) / size
+        return stored + (self.scale_bits + (0 if self.symmetric else stored)) / size
 
-    def configured(self, group_size: int | None, symmetric: bool | None) -> Scheme:
-        """The scheme with a recipe's group size and symmetry.
+    def configured(self, group_size: int | None, symmetric: bool | None, scale_bits: int | None = None) -> Scheme:
+        """The scheme with a recipe's group size, symmetry and width of scales; None leaves the scheme's own.
 
         Raises RecipeError where the scheme does not leave that choice open.
         """
         if self.is_block:
-            if group_size is not None or symmetric is not None:
+            if any(value is not None for value in (group_size, symmetric, scale_bits)):
                 raise RecipeError(
-                    f"scheme {self.name} has a fixed block layout: remove group_size and symmetric from the expert"
+                    f"scheme {self.name} has a fixed block layout: remove group_size, symmetric and scale_bits"
                 )
             return self
         if group_size and self.activation_bits < 16 and self.weight_bits == 8:
@@ -69,6 +72,7 @@ class Scheme:
             self,
             group_size=self.group_size if group_size is None else group_size,
             symmetric=self.symmetric if symmetric is None else symmetric,
+            scale_bits=scale_bits or self.scale_bits,
         )
 
 
@@ -94,11 +98,13 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def scheme(name: str, group_size: int | None = None, symmetric: bool | None = None) -> Scheme:
-    """Look a scheme up by name and set its group size and symmetry. Raises RecipeError on an unknown name."""
+def scheme(
+    name: str, group_size: int | None = None, symmetric: bool | None = None, scale_bits: int | None = None
+) -> Scheme:
+    """Look a scheme up by name and configure it. Raises RecipeError on an unknown name."""
     if name not in SCHEMES:
         raise RecipeError(f"unknown scheme {name!r}; {did_you_mean(name, SCHEMES)}")
-    return SCHEMES[name].configured(group_size, symmetric)
+    return SCHEMES[name].configured(group_size, symmetric, scale_bits)
 
 
 # Of image classifiers: one weight scale per output channel, activations quantized with scales found by calibration.

@@ -13,6 +13,7 @@ from moqe.errors import DataError, NumericalError
 from moqe.methods.statistics import InputStatistics
 from moqe.models.calibration import CalibratedBlock, Replace, Statistics, calibrate
 from moqe.models.decoder import Decoder
+from moqe.models.device import rounded_products
 from moqe.progress import Advance
 
 Saved = Callable[[str], Path]
@@ -174,3 +175,38 @@ def test_windows_of_one_domain_only(saved: Saved) -> None:
     samples = windows().select([1, 2, 4])
     statistics: Statistics = next(calibrate(Decoder.open(str(saved("llama"))), samples)).statistics
     assert [list(parts) for parts in statistics.values()] == [["prose"]] * 4
+
+
+def precision() -> str:
+    """The process's setting for float32 products."""
+    found: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return found
+
+
+def test_rounded_products_round_inputs_and_nothing_else(saved: Saved) -> None:
+    decoder, samples = Decoder.open(str(saved("llama"))), windows()
+    exact = all_statistics(decoder, samples)
+    setting = precision()
+    for block in calibrate(decoder, samples, batch_size=2, products=torch.bfloat16):
+        assert precision() == setting
+        for key, part in copied(block).items():
+            reference = exact[block.index][key]
+            difference = (part.hessian - reference.hessian).norm() / reference.hessian.norm()
+            assert float(difference) < 2**-6
+            assert torch.equal(part.hessian, part.hessian.T)
+            assert part.hessian.dtype == torch.float32
+            assert part.tokens == reference.tokens
+
+
+def test_the_setting_of_products_survives_an_error() -> None:
+    def fail() -> None:
+        with rounded_products(torch.bfloat16, torch.device("cpu")):
+            assert precision() == "bf16"
+            raise NumericalError("x")
+
+    before = precision()
+    with pytest.raises(NumericalError):
+        fail()
+    assert precision() == before
+    with rounded_products(torch.float32, torch.device("cpu")):
+        assert precision() == before

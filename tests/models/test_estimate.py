@@ -177,3 +177,18 @@ def test_distillation_takes_longer_with_more_of_anything() -> None:
 
     assert seconds(200) > 2 * seconds(20)
     assert seconds(20, windows=10_000) > seconds(20) + 1000
+
+
+def test_a_faster_precision_shortens_calibration_alone(shape: Shape) -> None:
+    made, schemes = experts(("rtn", "w4a16"))
+    plain = estimate(shape, made, schemes, {"rtn": _Free()}, WORK, 1e9)
+    fast = estimate(shape, made, schemes, {"rtn": _Free()}, WORK, 1e9, 4e9)
+    assert fast.seconds["calibrate"] == pytest.approx(plain.seconds["calibrate"] / 4)
+    assert fast.seconds["score"] == plain.seconds["score"]
+
+
+def test_wide_scales_take_their_bytes(shape: Shape) -> None:
+    narrow, wide = SCHEMES["w4a16"], replace(SCHEMES["w4a16"], scale_bits=32)
+    scales = shape.blocks * sum(out * columns // 128 for out, columns in shape.linears.values())
+    assert expert_block_bytes(shape, wide) - expert_block_bytes(shape, narrow) == 2 * scales
+    assert scale_block_bytes(shape, wide) - scale_block_bytes(shape, narrow) == 2 * scales

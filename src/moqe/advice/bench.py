@@ -53,13 +53,13 @@ class Bench:
         write_shared(decoder.folder, shared)
         write_json(shared / "config.json", read_json(decoder.folder / "config.json"))
         seen = calibration.select(calibration.spread(MOST_WINDOWS[0]))  # more are for what follows the text
-        self.codes = make_codes(decoder, seen, bits, work / "codes", shared, clock.seconds, progress)
-        clock.lap("codes")
         device = str(decoder.device)
+        dtype = product_dtype(device, FULL.precision)
+        self.codes = make_codes(decoder, seen, bits, work / "codes", shared, clock.seconds, progress, dtype)
+        clock.lap("codes")
         self._skeleton: nn.Module = open_shared(shared, shared / SHARED_TENSORS, device).model
         options = FULL.model_copy(update={"validation_windows": VALIDATION_WINDOWS})
         train, validation = validation_rows(calibration, options, seed)
-        dtype = product_dtype(device, FULL.precision)
         targets = replace(Targets.of(decoder, calibration.tokens, dtype, progress), text_weight=text_weight)
         self.data = TrainingSet(calibration.tokens, calibration.domain, targets, train, validation)
         answers = Targets.of(decoder, scored.tokens, progress=progress)

@@ -75,14 +75,16 @@ def make_codes(
     shared: Path,
     seconds: float,
     progress: Progress,
+    products: torch.dtype = torch.float32,
 ) -> Codes:
     """Quantize the base at every width, the blocks walked once, and write `<folder>/w<bits>`.
 
-    8 bits and more are rounded to nearest, which loses nothing worth a search. seconds: of the whole advice.
+    8 bits and more are rounded to nearest, which loses nothing worth a search. seconds: of the whole advice. products:
+    of the statistics, see `calibrate`.
     """
     methods = {width: GPTQ if width < 8 else RTN for width in bits}
     cut = ""
-    for block in calibrate(decoder, samples, progress=progress):
+    for block in calibrate(decoder, samples, products=products, progress=progress):
         before = time.monotonic()
         _write(decoder, block, methods, folder, shared)
         forecast = (time.monotonic() - before) * decoder.number_of_blocks

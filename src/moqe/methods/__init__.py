@@ -48,7 +48,7 @@ def check(expert: Expert) -> Scheme:
     where = f"expert {expert.name!r}"
     try:
         chosen = method_named(expert.method)
-        wanted = scheme(expert.scheme, expert.group_size, expert.symmetric)
+        wanted = scheme(expert.scheme, expert.group_size, expert.symmetric, expert.scale_bits)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     reason = chosen.supports(wanted)

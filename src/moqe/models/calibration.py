@@ -24,6 +24,7 @@ from moqe.data.samples import TextSamples
 from moqe.errors import DataError, NumericalError
 from moqe.methods.statistics import InputStatistics, accumulate
 from moqe.models.decoder import Decoder
+from moqe.models.device import rounded_products
 from moqe.models.discovery import find_groups
 from moqe.models.groups import LinearGroup
 from moqe.progress import Advance, Progress, Silent
@@ -58,16 +59,18 @@ def calibrate(
     *,
     batch_size: int = BATCH_SIZE,
     start_block: int = 0,
+    products: torch.dtype = torch.float32,
     replace: Replace | None = None,
     progress: Progress | None = None,
 ) -> Iterator[CalibratedBlock]:
     """Yield the blocks from `start_block` on, each with the statistics of the whole calibration set.
 
     Blocks before `start_block` are run but not observed, which is how an interrupted build resumes; `batch_size` must
-    then be the same. Inputs are those of the full-precision model, unless `replace` is given (`sequential: true`):
-    it is called with every block but the last after its consumer is done; in the context it returns the block may have
-    other weights and hooks, and the changed block makes the next block's inputs, at the price of a second run of each
-    observed block.
+    then be the same. products: what the inputs of products are rounded to, see `rounded_products`; with bfloat16 H is
+    the sum of x x^T over rounded x. Inputs are those of the full-precision model, unless `replace` is given
+    (`sequential: true`): it is called with every block but the last after its consumer is done; in the context it
+    returns the block may have other weights and hooks, and the changed block makes the next block's inputs, at the
+    price of a second run of each observed block.
 
     Raises DataError for no samples, NumericalError when activations are not finite, and what `Decoder.load_block` and
     `find_groups` raise.
@@ -88,7 +91,9 @@ def calibrate(
             block = decoder.load_block(index)
             try:
                 observed, last = index >= start_block, index == total - 1
-                step = _Step(decoder, block, name, {size: each[index] for size, each in inputs.items()}, advance)
+                step = _Step(
+                    decoder, block, name, {size: each[index] for size, each in inputs.items()}, products, advance
+                )
                 if observed:
                     groups = find_groups(block, probe, probe_inputs[index], name)
                     statistics = step.observe(hidden, batches, groups, keep=replace is None)
@@ -103,18 +108,20 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Step:
-    """One block, ready to run over all windows. inputs: its keyword arguments by batch size."""
+    """One block, ready to run over all windows. inputs: its keyword arguments by batch size. products: see there."""
 
     decoder: Decoder
     block: nn.Module
     name: str
     inputs: Mapping[int, Mapping[str, Any]]
+    products: torch.dtype
     advance: Advance
 
     def run(self, hidden: Tensor, parts: Sequence[Tensor], keep: bool) -> None:
         """Replace the hidden states of batches by the block's outputs; without `keep` only the block's hooks gain."""
         for rows in parts:
-            outputs = self.decoder.run_block(self.block, hidden[rows], self.inputs[len(rows)])
+            with rounded_products(self.products, self.decoder.device):  # hooks multiply too
+                outputs = self.decoder.run_block(self.block, hidden[rows], self.inputs[len(rows)])
             if not outputs.sum(dtype=torch.float32).isfinite():  # one pass, no temporary
                 raise NumericalError(
                     f"activations after {self.name} are not finite on the calibration windows: check the base model's "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -39,3 +41,24 @@ def product_dtype(device: str, precision: str) -> torch.dtype:
 def mixed_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Products in `dtype`, everything else in float32; nothing where `dtype` is float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+@contextmanager
+def rounded_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices from rounded inputs, added up and returned in float32; all else as it is.
+
+    With bfloat16 a CPU's inputs are rounded to bfloat16, where it has instructions for that, and a GPU's to TF32, which
+    keeps three bits more. float32 leaves products as they are. Unlike `mixed_precision` nothing is stored in the
+    smaller type. The setting is the process's: no other thread should multiply meanwhile.
+    """
+    if dtype == torch.float32:
+        yield
+        return
+    backends: Any = torch.backends
+    place, wanted = (backends.cuda.matmul, "tf32") if device.type == "cuda" else (backends.mkldnn.matmul, "bf16")
+    before = place.fp32_precision
+    place.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        place.fp32_precision = before

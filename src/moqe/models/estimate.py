@@ -99,11 +99,13 @@ def estimate(
     methods: Mapping[str, Method],
     workload: Workload,
     flops_per_second: float,
+    calibration_flops_per_second: float | None = None,
 ) -> Estimate:
     """Predict what making `experts` takes. schemes: by expert name. methods: by method name.
 
     Experts that are existing checkpoints (without a method) are scored but cost neither disk nor quantization: they
-    are linked. Those with another's codes take the disk of their scales. flops_per_second: see `measure_flops`.
+    are linked. Those with another's codes take the disk of their scales. flops_per_second: see `measure_flops`;
+    calibration_flops_per_second: where statistics are taken in another precision.
     """
     made = [expert for expert in experts if expert.method]
     block_bytes = {expert.name: expert_block_bytes(shape, schemes[expert.name]) for expert in made}
@@ -125,7 +127,9 @@ def estimate(
         + sum(scale_block_bytes(shape, schemes[e.name]) for e in coded if e.distill is not None),
         expert_bytes={name: size + outside for name, size in block_bytes.items()},
         seconds={
-            "calibrate": passes * calibration_flops(shape, workload) / (flops_per_second * _EFFICIENCY),
+            "calibrate": passes
+            * calibration_flops(shape, workload)
+            / ((calibration_flops_per_second or flops_per_second) * _EFFICIENCY),
             "quantize": sum(
                 shape.linear_weights * seconds_per_weight(methods[expert.method], schemes[expert.name], expert)
                 + factorisation_flops(shape, expert) / (flops_per_second * _EFFICIENCY)
@@ -173,12 +177,12 @@ def expert_block_bytes(shape: Shape, scheme: Scheme) -> int:
 
 
 def scale_block_bytes(shape: Shape, scheme: Scheme) -> int:
-    """Bytes that an expert with another's codes adds: its linears' scales and what is no linear, in 16 bits."""
+    """Bytes that an expert with another's codes adds: its linears' scales, and what is no linear in 16 bits."""
     scales = sum(
         out * columns / (scheme.group_size or columns) for out, columns in shape.linears.values() if not scheme.is_block
     )
     rest = shape.block_parameters - sum(out * columns for out, columns in shape.linears.values())
-    return int(shape.blocks * 2 * (scales + rest))
+    return int(shape.blocks * (scheme.scale_bits // 8 * scales + 2 * rest))
 
 
 def calibration_bytes(shape: Shape, workload: Workload) -> int:

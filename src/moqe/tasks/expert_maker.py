@@ -32,6 +32,7 @@ from moqe.models.activations import quantize_inputs
 from moqe.models.calibration import CalibratedBlock, calibrate
 from moqe.models.clusters import text_clusters
 from moqe.models.decoder import Decoder
+from moqe.models.device import product_dtype
 from moqe.models.skeleton import assign
 from moqe.models.weights import resolve_base
 from moqe.progress import Progress
@@ -103,7 +104,10 @@ class ExpertMaker:
         if missing:
             sequential = experts[0] if experts[0].sequential else None
             replace = None if sequential is None else lambda k, block: self._replace(sequential, k, block)
-            calibrated = calibrate(self.decoder, samples, start_block=missing[0], replace=replace, progress=progress)
+            products = product_dtype(str(self.decoder.device), self.recipe.data.calibration_precision)
+            calibrated = calibrate(
+                self.decoder, samples, start_block=missing[0], products=products, replace=replace, progress=progress
+            )
             for block in calibrated:
                 for expert in experts:
                     if not self._done(expert, writers[expert.name], block.index):
@@ -129,7 +133,7 @@ class ExpertMaker:
             expert,
             self.schemes[expert.name],
             prefix=block.name,
-            scale_dtype=self.scale_dtype,
+            scale_dtype=torch.float32 if self.schemes[expert.name].scale_bits == 32 else self.scale_dtype,
             parameter_dtype=self.parameter_dtype,
         )
         tensors = result.tensors

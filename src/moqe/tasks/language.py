@@ -94,7 +94,8 @@ class LanguageTask:
             scored_windows=sum(scored),
         )
         rate, shape = measure_flops(device), measure_shape(decoder)
-        found = estimate(shape, recipe.experts, schemes, METHODS, workload, rate)
+        calibration_rate = measure_flops(device, product_dtype(device, data.calibration_precision))
+        found = estimate(shape, recipe.experts, schemes, METHODS, workload, rate, calibration_rate)
         precisions = {expert.distill.precision for expert in recipe.experts if expert.distill is not None}
         seconds = 0.0
         for precision in sorted(precisions):
