@@ -20,19 +20,19 @@ from moqe.quantized import BlockTensor
 
 def q8_0(inputs: Tensor) -> Tensor:
     """Inputs, (..., in), rounded to blocks of 32 eight-bit integers with a float16 scale."""
-    blocks = inputs.float().unflatten(-1, (-1, 32))
+    blocks = inputs.float().reshape(*inputs.shape[:-1], -1, 32)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(scale > 0, blocks / scale, 0.0).round()
-    return (codes * scale.half().float()).flatten(-2)
+    return (codes * scale.half().float()).reshape(inputs.shape)
 
 
 def q8_k(inputs: Tensor) -> Tensor:
     """Inputs, (..., in), rounded to blocks of 256 eight-bit integers whose largest magnitude becomes -127."""
-    blocks = inputs.float().unflatten(-1, (-1, 256))
+    blocks = inputs.float().reshape(*inputs.shape[:-1], -1, 256)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = -largest / 127
     codes = torch.where(scale != 0, blocks / scale, 0.0).round().clamp(max=127)
-    return (codes * scale).flatten(-2)
+    return (codes * scale).reshape(inputs.shape)
 
 
 def _as_type(kind: torch.dtype, inputs: Tensor) -> Tensor:

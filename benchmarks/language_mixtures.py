@@ -83,8 +83,12 @@ def verdicts(
         tables = {
             split: read_losses(losses, split, protocol, task.metric).of(names) for split in (*ROUTER_SPLITS, "test")
         }
+        train, validation = (
+            RoutingData(tables[split], tables[split], task.features(split, protocol)) for split in ROUTER_SPLITS
+        )
         fitted = fit_routers(
-            *(RoutingData(tables[split], tables[split], task.features(split, protocol)) for split in ROUTER_SPLITS),
+            train,
+            validation,
             recipe.router,
             task.modality,
             recipe.seed,

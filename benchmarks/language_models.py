@@ -1,4 +1,4 @@
-"""The models and experts that `latency_language` times: written once, then found again."""
+"""The models and experts that `latency_language` and `latency_mixture` time: written once, then found again."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moqe.formats.gguf_export import write_gguf
 from moqe.formats.safetensors_folder import save_tensors
 from moqe.methods.rtn import rtn
 from moqe.models.decoder import Decoder
+from moqe.quantized import Quantized
 from moqe.schemes import Scheme, scheme
 
 LAYERS = 8
@@ -85,7 +86,7 @@ def write_experts(base: Path, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in (*EXPERTS, *files)}
 
 
-def _rounded(parameter: Tensor, target: Scheme) -> object:
+def _rounded(parameter: Tensor, target: Scheme) -> Quantized | Tensor:
     return rtn(parameter.float(), target, torch.bfloat16) if parameter.ndim == 2 else parameter.bfloat16()
 
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import latency_language, latency_vision
+from benchmarks import latency_language, latency_mixture, latency_vision
 from benchmarks.tables import write_section
 from moqe.store import write_json
 
 # What is measured: (folder, threads, rounds, seconds per turn) to numbers, and numbers to a section of the document.
 PARTS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
     "language": (latency_language.measure, latency_language.report),
+    "mixture": (latency_mixture.measure, latency_mixture.report),
     "vision": (latency_vision.measure, latency_vision.report),
 }
 
@@ -32,14 +33,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds-per-turn", type=float, default=0.5)
-    parser.add_argument("--smollm2", type=Path, help="the folder of SmolLM2-135M, a second model for `language`")
+    parser.add_argument(
+        "--smollm2", type=Path, help="the folder of SmolLM2-135M, a second model for `language`, and that of `mixture`"
+    )
     parser.add_argument("--json", type=Path, help="where to keep the numbers")
     parser.add_argument("--out", type=Path, help="a Markdown document whose section is replaced")
     options = parser.parse_args()
     found = {}
     for name in options.only or PARTS:
         measure, report = PARTS[name]
-        own = {"smollm2": options.smollm2} if name == "language" else {}
+        own = {"smollm2": options.smollm2} if name != "vision" else {}
         found[name] = measure(options.work / name, options.threads, options.rounds, options.seconds_per_turn, **own)
         print(report(found[name]))
         if options.out:

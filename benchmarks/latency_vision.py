@@ -91,7 +91,8 @@ class Mixture:
 
     def choose(self, images: Tensor) -> Tensor:
         """The expert of each image, (b,)."""
-        return self.network(self.stem.logits(images)).argmax(1)
+        logits: Tensor = self.network(self.stem.logits(images))  # (b, experts)
+        return logits.argmax(1)
 
     def logits(self, images: Tensor) -> Tensor:
         """Choose, then let an expert answer; which one takes the same time."""

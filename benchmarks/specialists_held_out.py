@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from moqe.evaluate import LossTable, read_losses
 from moqe.evaluate.routing import RoutingData
-from moqe.router import NoveltyRouter, choose
+from moqe.router import NoveltyRouter, Router, RoutingExamples, choose
 from moqe.router.domain_classifier import fit_domain_classifier
 from moqe.router.features import TokenFeatures
 from moqe.router.logistic import fit_logistic
@@ -17,7 +18,10 @@ from moqe.router.novelty import fit_novelty
 from moqe.tasks import LanguageTask
 
 GENERALIST, NOVELTY = "generalist", 0.99
-ROUTERS = {"classifier of domains": fit_domain_classifier, "logistic": fit_logistic}
+ROUTERS: dict[str, Callable[[RoutingExamples, RoutingExamples], Router]] = {
+    "classifier of domains": fit_domain_classifier,
+    "logistic": fit_logistic,
+}
 
 
 def held_out_routing(task: LanguageTask, losses: Path, protocol: str, seed: int) -> dict[str, Any]:

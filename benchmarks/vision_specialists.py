@@ -58,9 +58,9 @@ class Scored:
     nats: Floats
     base: Floats
 
-    def columns(self, names: Sequence[str]) -> list[int]:
+    def columns(self, names: Sequence[str]) -> NDArray[np.int64]:
         """Where these experts stand."""
-        return [self.predictions.experts.index(name) for name in names]
+        return np.array([self.predictions.experts.index(name) for name in names])
 
     @property
     def right(self) -> Floats:
@@ -152,7 +152,7 @@ def measure(
         for name in everyone:
             add(name, report, right[report, scored.columns([name])[0]])
         family = groups["family"]
-        add("by cluster", report, right[report, np.array(scored.columns(family[1:]))[cluster[report]]])
+        add("by cluster", report, right[report, scored.columns(family[1:])[cluster[report]]])
         for called, names in groups.items():
             columns, places = scored.columns(names), [everyone.index(name) for name in names]
             judged = RoutingExamples(
