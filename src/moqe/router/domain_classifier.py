@@ -47,7 +47,10 @@ class DomainClassifier(LinearScores):
 
     def predict(self, features: Features) -> Tensor:
         """See `Router`."""
-        probabilities = self.probabilities(features)
+        return self.expected(self.probabilities(features))
+
+    def expected(self, probabilities: Tensor) -> Tensor:
+        """The experts' costs given what `probabilities` says: float32 (n, experts)."""
         return (probabilities @ self.costs.to(probabilities.device)).float()
 
     def probabilities(self, features: Features) -> Tensor:

@@ -87,11 +87,12 @@ class Novelty:
 
     def novel(self, features: Features) -> Tensor:
         """Whether each sample is novel: bool, (m,)."""
+        return self._novel(features, None if self.kinds is None else self.kinds.probabilities(features))
+
+    def _novel(self, features: Features, kinds: Tensor | None) -> Tensor:
+        """The same with the probabilities of the kinds, (m, domains), known."""
         far = self.measure(features) > self.threshold
-        if self.kinds is None:
-            return far
-        unsure = self.kinds.probabilities(features).amax(1) < CONFIDENCE
-        return far | unsure.to(far.device)
+        return far if kinds is None else far | (kinds.amax(1) < CONFIDENCE).to(far.device)
 
     def refused(self, features: Features, fallback: int) -> Tensor:
         """Which choices do not count, but give way to `fallback`: bool, (m, experts or 1).
@@ -99,10 +100,10 @@ class Novelty:
         All of a novel sample's; and where there is a classifier of domains, experts that it expects to lose against
         the fallback on what it takes the sample for.
         """
-        novel = self.novel(features)[:, None]
         if self.kinds is None:
-            return novel
-        expected = self.kinds.predict(features)
+            return self.novel(features)[:, None]
+        kinds = self.kinds.probabilities(features)
+        novel, expected = self._novel(features, kinds)[:, None], self.kinds.expected(kinds)
         return novel | (expected > expected[:, fallback, None]).to(novel.device)
 
     def options(self) -> dict[str, Any]:
