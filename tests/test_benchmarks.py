@@ -1,0 +1,113 @@
+"""What benchmarks compute before they print: ratios with their spread, and the sentences of the specialists' tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.interleaved import Spread, pairwise, ratios, seconds_per_round
+from benchmarks.specialists_tables import BEST, GENERALIST, LABEL, MIXTURE, claim, pooled, section, sections
+from benchmarks.tables import write_section
+
+from moqe.store import write_json
+
+PROTOCOL = "prefix-64"
+WINDOWS = 30
+
+
+def outcome(seed: int, mixture_gain: float, label_gain: float) -> dict[str, Any]:
+    """What a run keeps where the mixture and the label win that much on every window, half of them of one domain."""
+    general = np.random.default_rng(seed).uniform(100.0, 200.0, WINDOWS)
+    ways = {
+        GENERALIST: general,
+        "gptq": general + 10.0,
+        "base": general - 10.0,
+        "for-code": general + 1.0,
+        BEST: general,
+        MIXTURE: general - 50 * mixture_gain,
+        LABEL: general - 50 * label_gain,
+    }
+    facts = {
+        "document": [f"{seed}:{window // 2}" for window in range(WINDOWS)],
+        "domain": ["code", "mail"] * (WINDOWS // 2),
+        "count": [50] * WINDOWS,
+        "ways": {name: values.tolist() for name, values in ways.items()},
+        BEST: GENERALIST,
+    }
+    return {
+        "seed": seed,
+        "bytes": {"one": 100, "family": 108},
+        "made": {},
+        "protocols": {"prefix-64": facts, "whole": facts},
+    }
+
+
+def test_a_median_has_an_interval_around_it() -> None:
+    values = [1.0, 1.1, 0.9, 1.05, 0.95, 1.2, 0.8]
+    found = Spread.of_median(values)
+    assert found.median == 1.0
+    assert 0.8 <= found.lowest < 1.0 < found.highest <= 1.2
+    assert Spread.of_median([2.0] * 5) == Spread(2.0, 2.0, 2.0)
+    assert Spread.of_median(values * 20).highest - Spread.of_median(values * 20).lowest < found.highest - found.lowest
+
+
+def test_ratios_are_made_within_rounds() -> None:
+    assert pairwise([2.0, 30.0], [1.0, 10.0]) == [2.0, 3.0]
+    assert ratios([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_contestants_take_turns_in_both_directions() -> None:
+    called: list[str] = []
+    seconds = seconds_per_round({name: lambda name=name: called.append(name) for name in "ab"}, 2, 0.0)  # type: ignore[misc]
+    assert "".join(called) == "aabb" + "ab" + "ba"
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        (0.02, "The mixture wins: +0.0200 nats against the best single expert; at least the 0.008 aimed at; 80 %"),
+        (0.004, "The mixture wins: +0.0040 nats against the best single expert; less than the 0.008 aimed at; 16 %"),
+        (-0.01, "The mixture does not win: -0.0100 nats against the best single expert; less than the 0.008"),
+    ],
+)
+def test_the_claim_says_what_the_numbers_say(gain: float, said: str) -> None:
+    ways, document, count, _ = pooled([outcome(0, gain, 0.025)], PROTOCOL)
+    assert claim(ways, document, count, 4).startswith(said)
+
+
+def test_seeds_are_pooled_and_their_documents_kept_apart() -> None:
+    runs = [outcome(0, 0.01, 0.02), outcome(1, 0.03, 0.02)]
+    ways, document, count, domain = pooled(runs, PROTOCOL)
+    assert len(document) == len(count) == len(domain) == 2 * WINDOWS
+    assert len(set(document)) == WINDOWS
+    assert claim(ways, document, count, 4).startswith("The mixture wins: +0.0200")
+    text = section(4, "codes", runs, "")
+    assert f"{2 * WINDOWS} windows, 2 seeds" in text
+    assert "1.080 times the bytes of one expert" in text
+    assert "nats against gptq, 50 % of its loss against the base" in text
+
+
+def test_what_clusters_and_rounds_did_is_listed(tmp_path: Path) -> None:
+    run = outcome(0, 0.01, 0.02)
+    run["made"] = {
+        "generalist": {"rounds": [{"round": 1, "before": 0.5, "after": 0.4}]},
+        "for-cluster-1": {"own": {"windows": 7, "words": ["def", "self"]}},
+    }
+    for kind in ("text+clusters", "rounds"):
+        write_json(tmp_path / f"4-{kind}" / "seed-0-x" / "outcomes.json", run)
+    found = sections(tmp_path)
+    assert set(found) == {"4-text+clusters", "4-rounds"}
+    assert "| for-cluster-1 | 0 | 7 | `def`, `self` |" in found["4-text+clusters"]
+    assert "follows base and text" in found["4-text+clusters"]
+    assert "0.5000 → 0.4000" in found["4-rounds"]
+
+
+def test_a_section_is_replaced_and_the_rest_left(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n<!-- a -->\nold\n<!-- /a -->\n\nafter\n")
+    write_section(page, "a", "new")
+    write_section(page, "b", "more")
+    assert page.read_text() == ("before\n\n<!-- a -->\nnew\n<!-- /a -->\n\nafter\n\n<!-- b -->\nmore\n<!-- /b -->\n")
