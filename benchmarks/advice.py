@@ -20,7 +20,7 @@ from rich.console import Console
 
 import moqe
 from benchmarks.domain_texts import DOMAINS
-from benchmarks.specialists import TEXT_WEIGHT
+from benchmarks.specialists import OWN_WEIGHT, TEXT_WEIGHT
 from benchmarks.specialists_tables import GENERALIST, MIXTURE, RESAMPLES, TEXT, pooled
 from benchmarks.tables import table, write_section
 from moqe.advice.page import advice_renderable
@@ -45,6 +45,7 @@ def predict(base: Path, work: Path, folder: Path, options: argparse.Namespace) -
         minutes=options.minutes,
         seed=options.seed,
         text_weight=TEXT_WEIGHT if options.variant == TEXT else 0.0,
+        own_weight=options.own_weight,
         progress=Bars(),
     )
     Console(width=160).print(advice_renderable(advice))
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--variant", default=TEXT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--own-weight", type=float, default=OWN_WEIGHT, help="of the specialists that were built")
     options = parser.parse_args()
     runs = sorted(options.work.glob(f"{options.bits}-{options.variant}/seed-{options.seed}-*/outcomes.json"))
     if not runs:

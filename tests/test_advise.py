@@ -127,7 +127,9 @@ def test_equal_domains_are_not_worth_it(loud_base: Path, tmp_path: Path) -> None
 
 
 def test_what_follows_the_text_is_trained_at_every_width(loud_base: Path, domains: list[str], tmp_path: Path) -> None:
-    advice = moqe.advise(str(loud_base), domains, out=tmp_path, text_weight=0.5, **QUICK | {"experts": [3]})
+    advice = moqe.advise(
+        str(loud_base), domains, out=tmp_path, text_weight=0.5, own_weight=5, **QUICK | {"experts": [3]}
+    )
     assert [width.steps for width in advice.widths] == [4, 4]
     assert advice.text_weight == 0.5
     assert all(row.measured_gain == row.loss_gain for row in advice.rows)
@@ -137,6 +139,7 @@ def test_what_follows_the_text_is_trained_at_every_width(loud_base: Path, domain
         console.print(advice_renderable(advice))
     assert "the text with a weight of 0.5" in said.get()
     assert "gains are of loss" in said.get()
+    assert "their own windows 5 times as often" in said.get()
     assert json.loads((tmp_path / "advice.json").read_text())["text_weight"] == 0.5
 
 
@@ -189,6 +192,7 @@ def test_codes_that_take_too_long_get_grids_that_are_not_searched(loud_base: Pat
         ({"minutes": 0}, "minutes must be above 0"),
         ({"window": 8}, "window must be 16"),
         ({"steps": 1}, "steps must be 2 or more"),
+        ({"own_weight": 1.0}, "own_weight must be above 1"),
         ({"text_weight": 1.0}, "text_weight must be at least 0 and below 1"),
     ],
 )

@@ -113,6 +113,7 @@ class Advice:
     full_own_steps: int
     growth: float
     text_weight: float
+    own_weight: float
     cut: tuple[str, ...]
     seed: int
     seconds: Mapping[str, float]

@@ -31,9 +31,9 @@ _LATE = 0.5  # a width is not begun with less than this share of its time left
 class Bench:
     """Measures widths of one base on one sample.
 
-    bits: every width that is quantized. routed: what the router calls the scored windows. text_weight: of the text in
-    what is followed. work: a folder that may be thrown away afterwards. clock: keeps the time, and is told what was
-    spent on what.
+    bits: every width that is quantized. routed: what the router calls the scored windows. text_weight: of the text
+    in what is followed. own_weight: how much oftener a specialist sees its own windows. work: a folder that may be
+    thrown away afterwards. clock: keeps the time, and is told what was spent on what.
     """
 
     def __init__(
@@ -43,12 +43,14 @@ class Bench:
         routed: NDArray[np.str_],
         bits: Sequence[int],
         text_weight: float,
+        own_weight: float,
         seed: int,
         work: Path,
         clock: Clock,
         progress: Progress,
     ) -> None:
         self.work, self.seed, self.clock, self.progress = work, seed, clock, progress
+        self.own_weight = own_weight
         shared, calibration, scored = work / "shared", samples.calibration, samples.scored
         write_shared(decoder.folder, shared)
         write_json(shared / "config.json", read_json(decoder.folder / "config.json"))
@@ -126,6 +128,7 @@ class Bench:
             self.scored,
             schedule,
             before,
+            self.own_weight,
             self.seed,
             self.work / "training" / f"w{bits}",
             lambda seconds: bounded and self.clock.left < seconds,

@@ -10,13 +10,14 @@ from moqe.recipe import Specialists
 FULL = Specialists().distill  # the training of a build
 FULL_OWN = FULL.steps - FULL.branch_after  # steps in which its specialists differ from the generalist
 # Steps of an expert, and after how many of them a specialist branches from the generalist; the first is a build's own.
+# Branching late saves little: the rate falls as a cosine, and from half way on a training has a fifth of it left.
 LADDER = (
     (FULL.steps, FULL.branch_after),
-    *((steps, steps // 2) for steps in (96, 64, 48, 32, 24, 16, 8) if steps < FULL.steps or not FULL.branch_after),
+    *((steps, steps // 8) for steps in (96, 64, 48, 32, 24, 16, 8) if steps < FULL.steps or not FULL.branch_after),
 )
 USABLE = 0.85  # of the time left is planned; timings on a busy machine are off by about that much
 MOST_WINDOWS = (96, 48, 96)  # calibration, choice, judging
-MOST_TEXT_WINDOWS = (256, 48, 96)  # where experts follow the text: what they learn of it grows with how much there is
+MOST_TEXT_WINDOWS = (512, 48, 96)  # where experts follow the text: what they learn of it grows with how much there is
 LEAST_WINDOWS = (16, 12, 24)
 CALIBRATION_SHARE, SCORING_SHARE = 0.2, 0.25  # of the time, where there are more windows than that has room for
 VALIDATION_WINDOWS = 6

@@ -18,7 +18,6 @@ from moqe.evaluate.loss_table import Floats
 from moqe.methods.distill import Student, Targets, TrainingSet, distill, snapshot_path
 from moqe.models.device import mixed_precision
 from moqe.progress import Progress
-from moqe.recipe import OWN_WEIGHT
 
 _ROWS = 4  # windows in a forward pass
 _PROBED = 12  # choice windows that tell whether there is anything to win
@@ -167,16 +166,18 @@ def trained(
     scored: Scored,
     schedule: Schedule,
     divergence_before: float,
+    own_weight: float,
     seed: int,
     folder: Path,
     late: Callable[[float], bool],
     progress: Progress,
 ) -> Width:
-    """Distil a generalist and specialists that branch from it, and score them. folder: for the trainings' states.
+    """Distil a generalist and specialists that branch from it, and score them.
 
-    Where there are fewer specialists than labels, those labels get one on which the generalist diverges most. late: is
-    asked, before every specialist but the first, whether the seconds that the last one took are no longer there; then
-    the others are left out.
+    own_weight: how much oftener specialists see their own windows. folder: for the trainings' states. Where there
+    are fewer specialists than labels, those labels get one on which the generalist diverges most. late: is asked,
+    before every specialist but the first, whether the seconds that the last one took are no longer there; then the
+    others are left out.
     """
     branch, halfway = schedule.branch_after, schedule.branch_after + schedule.own_steps // 2
     look = schedule.extrapolates
@@ -218,7 +219,7 @@ def trained(
         started = time.monotonic()
         if specialists and late(seconds):
             break
-        own = options.model_copy(update={"weights": {label: OWN_WEIGHT}, "branch_after": branch})
+        own = options.model_copy(update={"weights": {label: own_weight}, "branch_after": branch})
         place = folder / f"specialist-{labels.index(label)}"
         start = snapshot_path(folder / "generalist", branch) if branch else None
         found = distill(

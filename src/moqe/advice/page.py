@@ -123,6 +123,7 @@ def _notes(advice: Advice) -> str:
         f"Judged on {sampled.windows['judging']} windows of {sampled.window} tokens from {sampled.judging_documents} "
         f"documents; {len(sampled.labels)} {kind}; a linear router on the first {sampled.router_tokens} tokens names "
         f"{write.percent(sampled.router_accuracy)} of them correctly.",
+        f"Specialists see their own windows {advice.own_weight:g} times as often.",
         f"Experts follow base and text, the text with a weight of {advice.text_weight:g}; gains are of loss, "
         "adaptation to the texts included. Same storage: one model of more bits, interpolated between untrained codes."
         if advice.text_weight

@@ -38,7 +38,7 @@ from moqe.models.decoder import Decoder
 from moqe.models.device import check_device
 from moqe.models.estimate import expert_block_bytes, measure_shape
 from moqe.progress import Progress, Silent
-from moqe.recipe import Source
+from moqe.recipe import OWN_WEIGHT, Source
 
 REFERENCE_BITS = 8  # always measured: where one model of more bits ends up
 _PROBE_WINDOWS = 4
@@ -56,6 +56,7 @@ def advise(
     window: int = 256,
     steps: int | None = None,
     text_weight: float = 0.0,
+    own_weight: float = OWN_WEIGHT,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -67,12 +68,15 @@ def advise(
     what is cut is said in the result. out: a folder for advice.json and advice.png. window: tokens of a sample. steps:
     of distillation, instead of as many as fit; with it, equal seeds give equal advice. text_weight: as in a recipe's
     `distill`, the share of the text in what experts follow; above 0, gains are of loss and not of divergence.
+    own_weight: as in a recipe's `specialists`, how much oftener a specialist sees its own windows.
     Raises RecipeError on options that cannot be, DataError where there are too few documents, ModelError as a build.
     """
     clock, shown = Clock(60.0 * minutes), progress or Silent()
     wanted, sizes = check_bits(bits), _checked(experts, minutes, window, steps, data)
     if not 0.0 <= text_weight < 1.0:
         raise RecipeError(f"text_weight must be at least 0 and below 1, not {text_weight:g}")
+    if own_weight <= 1.0:
+        raise RecipeError(f"own_weight must be above 1, not {own_weight:g}")
     check_device(device)
     most = MOST_TEXT_WINDOWS if text_weight else MOST_WINDOWS
     decoder = Decoder.open(base, device=device)
@@ -99,7 +103,7 @@ def advise(
     clock.lap("read")
     specialists = min(len(samples.labels), max(sizes) - 1)
     with tempfile.TemporaryDirectory(prefix="moqe-advise-") as work:
-        bench = Bench(decoder, sample, routed, quantized, text_weight, seed, Path(work), clock, shown)
+        bench = Bench(decoder, sample, routed, quantized, text_weight, own_weight, seed, Path(work), clock, shown)
         schedule, widths, left_out = bench.measure(wanted, specialists, steps)
     scored, growth = bench.scored, growth_of(widths)
     bytes_of = _sizes(decoder, quantized)
@@ -149,6 +153,7 @@ def advise(
         full_own_steps=FULL_OWN,
         growth=growth,
         text_weight=text_weight,
+        own_weight=own_weight,
         cut=tuple(cuts),
         seed=seed,
         seconds={step: round(value, 1) for step, value in clock.spent.items()},

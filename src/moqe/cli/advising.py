@@ -41,6 +41,9 @@ def advise(
     window: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
     steps: Annotated[int | None, typer.Option(help="Steps of distillation, instead of as many as fit.")] = None,
     text_weight: Annotated[float, typer.Option(help="Share of the text in what experts follow, as in a recipe.")] = 0.0,
+    own_weight: Annotated[
+        float, typer.Option(help="How much oftener a specialist sees its own text, as in a recipe.")
+    ] = 8.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = "cpu",
     as_json: Json = False,
@@ -59,6 +62,7 @@ def advise(
         window=window,
         steps=steps,
         text_weight=text_weight,
+        own_weight=own_weight,
         seed=seed,
         device=device,
         progress=Bars(),
