@@ -55,3 +55,14 @@ def test_the_option_chooses_the_grid() -> None:
 def test_block_schemes_are_refused_with_the_fix() -> None:
     assert "kquants" in Rtn().supports(scheme("q4_k"))
     assert Rtn().supports(scheme("w4a8")) == ""
+
+
+def test_scales_are_divided_as_compressed_tensors_divides_them() -> None:
+    """So that the extreme of a group lies half way between two codes, and ties to even, on both sides."""
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(3))
+    tensor = rtn(weight, scheme("w4a16", 64), torch.float32)
+    grouped = weight.view(256, -1, 64)
+    scale = grouped.abs().amax(-1) / (15.0 / 2)
+    assert torch.equal(tensor.scale, scale)
+    codes = (grouped / scale[..., None]).round().clamp(-8, 7).view_as(weight)
+    assert torch.equal(tensor.codes.float(), codes)

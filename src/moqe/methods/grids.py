@@ -176,7 +176,7 @@ def _levels(grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme,
 
 def _symmetric_scale(extreme: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
     low, high = scheme.levels
-    return _stored(extreme * (2.0 / (high - low)), scale_dtype)
+    return _stored(extreme / ((high - low) / 2), scale_dtype)  # divided, so that an extreme lies half way exactly
 
 
 def _zero_point(low: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
