@@ -138,7 +138,7 @@ def specialists_section(task: LanguageTask, recipe: Recipe, losses: Path, bars: 
     text = f"""
 ## Distilled and specialised experts on {Path(recipe.base).name}: Tables 3 and 4
 
-The int4 experts above once more, scored with products in bfloat16, so that losses differ a little from those tables.
+The int4 experts above, made and scored anew, with products in bfloat16 while scoring.
 `generalist` is gptq-w4a16 (group 64) distilled for {distill.steps} steps of {distill.batch_windows} windows on the
 three corpora alike; `for-...` have its codes and see their own corpus {recipe.specialists.own_weight:g} times as often.
 All follow the base's logits alone. Windows (documents): {_windows(task)}.
