@@ -3,10 +3,8 @@
 Two models: random weights with Qwen3-0.6B's shapes and 8 of its layers, and SmolLM2-135M where its folder is given.
 Experts are round-to-nearest: `int8` is w8a8, `int4` is w4a16 with groups of 32. llama.cpp runs GGUF exports of the same
 weights, Q4_0 from `int4` and Q8_0 from w8a16 with groups of 32; it rounds activations to 8 bits. Embeddings and head
-are bfloat16 everywhere but in float32 torch, which is transformers' own forward, and in `..., int8 head`, which is the
-runtime packed-int8-head: there the head has half of llama.cpp's bytes, so that ratio is no comparison of kernels.
-Decoding is 32 tokens after a prompt of one, prefill a prompt of 512 tokens and one token. All contestants have the same
-number of threads.
+are bfloat16 everywhere but in float32 torch, which is transformers' own forward. Decoding is 32 tokens after a prompt
+of one, prefill a prompt of 512 tokens and one token. All contestants have the same number of threads.
 """
 
 from __future__ import annotations
@@ -35,8 +33,6 @@ from moqe.speed.machine import machine
 
 DECODED, PROMPT = 32, 512
 PAIRS = {"int8": "q8_0", "int4": "q4_0"}  # packed against llama.cpp
-INT8_HEAD = ", int8 head"
-ENGINES = {"": "packed", INT8_HEAD: "packed-int8-head"}  # by what ends a contestant's name
 
 
 def _prompt(length: int) -> Tensor:
@@ -48,11 +44,10 @@ def _contestants(base: Path, folder: Path) -> dict[str, Runtime]:
     """float32 torch, and both kinds of runtime on both kinds of expert."""
     paths = write_experts(base, folder)
     skeleton = open_shared(base, folder / "shared" / SHARED_TENSORS).model
-    engines = {ends: TEXT_RUNTIMES[name](skeleton, "cpu") for ends, name in ENGINES.items()}
+    packed = TEXT_RUNTIMES["packed"](skeleton, "cpu")
     found: dict[str, Runtime] = {"float32": ReferenceRuntime(Decoder.open(str(base)).full())}
     for ours, theirs in PAIRS.items():
-        for ends, engine in engines.items():
-            found[f"{ours}{ends}"] = engine.open(open_expert(paths[ours]), ours)
+        found[ours] = packed.open(open_expert(paths[ours]), ours)
         found[theirs] = LlamaCppRuntime(paths[f"{theirs}.gguf"], context_tokens=PROMPT + DECODED)
     return found
 
@@ -71,11 +66,7 @@ def _times(runtimes: dict[str, Runtime], rounds: int, seconds_per_turn: float) -
             name: {
                 "tokens_per_second": asdict(Spread.of([tokens / s for s in seconds[name]])),
                 "over_float32": asdict(ratios(seconds["float32"], seconds[name])),
-                **(
-                    {"over_llamacpp": asdict(ratios(seconds[PAIRS[own]], seconds[name]))}
-                    if (own := name.removesuffix(INT8_HEAD)) in PAIRS
-                    else {}
-                ),
+                **({"over_llamacpp": asdict(ratios(seconds[PAIRS[name]], seconds[name]))} if name in PAIRS else {}),
             }
             for name in runtimes
         }

@@ -25,16 +25,13 @@ def opened(folder: Path, runtime: str) -> LanguageMixture:
 
 
 def test_every_expert_of_a_mixture_runs_packed(built: Path) -> None:
-    reference, exact, rough, rougher = (
-        opened(built, name) for name in ("reference", "packed-float32", "packed", "packed-int8-head")
-    )
+    reference, exact, rough = (opened(built, name) for name in ("reference", "packed-float32", "packed"))
     for name in reference.experts:
         expected = reference.score(TEXT, expert=name).nats
         rounded = reference.recipe.experts[reference.experts.index(name)].scheme == "w8a8"
         assert exact.score(TEXT, expert=name).nats == pytest.approx(expected, rel=1e-3 if rounded else 1e-5)
         assert rough.score(TEXT, expert=name).nats == pytest.approx(expected, rel=2e-2)
-        assert rougher.score(TEXT, expert=name).nats == pytest.approx(expected, rel=3e-2)
-        assert (rough.runtime(name).name, rougher.runtime(name).name) == ("packed", "packed-int8-head")
+        assert rough.runtime(name).name == "packed"
     assert rough.route(TEXT) == reference.route(TEXT)
     assert exact.generate(TEXT, expert="gptq", max_new_tokens=6) == reference.generate(
         TEXT, expert="gptq", max_new_tokens=6

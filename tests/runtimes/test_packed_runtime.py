@@ -232,34 +232,6 @@ def test_an_expert_with_other_embeddings_has_its_own(model: Any) -> None:
     assert packed(model, plain)._parts().embedding.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("forced", ["digits", "vectors"])
-def test_a_head_in_bytes_is_the_rounded_head(tied: bool, forced: str) -> None:
-    torch.manual_seed(0)
-    model = tiny(tie_word_embeddings=tied)
-    files = MemoryFiles(model)
-    runtime = PackedRuntime(PackedSkeleton(model, BFLOAT16, Choice(forced), head_bits=8), files)
-    assert runtime.name == "packed-int8-head"
-    weight = model.lm_head.weight.detach()
-    scale = (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16().float()
-    other = MemoryFiles(model)
-    other.parameters = files.parameters | {"lm_head.weight": (weight / scale).round().clamp(-128, 127) * scale}
-    untied = tiny(tie_word_embeddings=False)
-    untied.load_state_dict(model.state_dict())
-    rounded, plain = ReferenceRuntime(untied, other).logits(TOKENS), ReferenceRuntime(model, files).logits(TOKENS)
-    found = runtime.logits(TOKENS)
-    assert divergence(rounded, found) < 1e-2
-    few = runtime.logits(TOKENS[:1, :4])
-    torch.testing.assert_close(few, found[:1, :4], rtol=0.05, atol=0.05)
-    exact = packed(untied, other, BFLOAT16).logits(TOKENS)
-    assert (found - exact).square().mean() < (found - plain).square().mean()
-    head, before = runtime._parts().head, packed(model, files, BFLOAT16)._parts().head
-    assert head.kernels.tensors()[0].dtype == torch.int8
-    assert sum(tensor.nbytes for tensor in head.kernels.tensors()) < 0.6 * before.kernels.tensors()[0].nbytes
-    assert runtime._parts().embedding.dtype == torch.float32
-    assert len(runtime.generate(TOKENS[:1, :5], 4)) == 4
-
-
 def test_experts_work_in_threads(model: Any) -> None:
     skeleton = PackedSkeleton(model, BFLOAT16)
     files = [MemoryFiles(model, target) for target in SCHEMES[:3]]

@@ -51,8 +51,8 @@ class PackedEngine:
     Raises ModelError for a model that the packed runtime cannot run.
     """
 
-    def __init__(self, precision: torch.dtype, head_bits: int, model: nn.Module, device: str = "cpu") -> None:
-        self._skeleton = PackedSkeleton(model, precision, head_bits=head_bits)
+    def __init__(self, precision: torch.dtype, model: nn.Module, device: str = "cpu") -> None:
+        self._skeleton = PackedSkeleton(model, precision)
 
     def open(
         self, expert: ExpertFiles | None, name: str, progress: Progress | None = None, in_common: bool = False
@@ -64,7 +64,7 @@ class PackedEngine:
 TEXT_RUNTIMES: dict[str, Callable[[nn.Module, str], TextEngine]] = {
     "reference": partial(ReferenceEngine, torch.float32),
     "bfloat16": partial(ReferenceEngine, torch.bfloat16),
-    **{name: partial(PackedEngine, *precision) for name, precision in PRECISIONS.items()},
+    **{name: partial(PackedEngine, precision) for name, precision in PRECISIONS.items()},
     "llama.cpp": LlamaCppEngine,
 }
 """By the name that stands beside their numbers: (model, device) to an engine."""

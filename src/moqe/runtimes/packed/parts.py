@@ -16,18 +16,13 @@ from moqe.formats.expert_files import ExpertFiles, PackedFiles
 from moqe.formats.packed_tensor import PackedTensor
 from moqe.formats.safetensors_folder import in_block
 from moqe.formats.shared_codes import SharedCodes, identity
-from moqe.methods.rtn import rtn
 from moqe.models.skeleton import find_blocks
 from moqe.progress import Advance, ignore
-from moqe.quantized import IntegerTensor
 from moqe.runtimes.installation import stored_names
 from moqe.runtimes.packed.decoder import Block, Decoder, Shape, require_supported, rotated_order
 from moqe.runtimes.packed.kernel import Choice, process_choice
 from moqe.runtimes.packed.linear import PackedCodes, PackedLinear, pack_kernels
 from moqe.runtimes.packed.weight import GroupedWeight, Key, concatenated, grouped_weight
-from moqe.schemes import scheme
-
-_HEAD_ROWS = 8192  # of a head rounded at once
 
 
 class Together:
@@ -45,16 +40,14 @@ class PackedSkeleton:
     """The model around the blocks, and the codes that are packed now: one a mixture, for all its runtimes.
 
     model: a causal language model of transformers; its blocks may lie on the meta device. precision: float32 or
-    bfloat16, head_bits: 8, or 16 for as it is; see `PackedRuntime`. choice: which kernel is taken for how many rows.
+    bfloat16, see `PackedRuntime`. choice: which kernel is taken for how many rows.
     Raises ModelError for a model that the packed decoder does not run.
     """
 
-    def __init__(
-        self, model: nn.Module, precision: torch.dtype, choice: Choice | None = None, head_bits: int = 16
-    ) -> None:
+    def __init__(self, model: nn.Module, precision: torch.dtype, choice: Choice | None = None) -> None:
         self.model: Any = model
         require_supported(self.model.config)
-        self.precision, self.head_bits, self.codes = precision, head_bits, PackedCodes()
+        self.precision, self.codes = precision, PackedCodes()
         self.choice = choice or process_choice()
         self.shape = Shape.of(self.model.config)
         self._lock = threading.Lock()
@@ -77,16 +70,7 @@ class PackedSkeleton:
     def make_head(self, weight: Tensor) -> PackedLinear:
         """A head with another weight, float (vocabulary, hidden)."""
         bias = self.model.get_output_embeddings().bias
-        kept = _in_bytes(weight) if self.head_bits == 8 else weight
-        return PackedLinear(pack_kernels(kept, self.precision, self.codes), bias, self.choice)
-
-
-def _in_bytes(weight: Tensor) -> GroupedWeight:
-    """A weight, (out, in), rounded to int8 with one scale a row; a part at a time, because heads are large."""
-    byte = scheme("w8a16")
-    parts = [rtn(part.float(), byte, torch.bfloat16) for part in torch.split(weight, _HEAD_ROWS)]
-    codes, scale = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
-    return grouped_weight(IntegerTensor(codes, scale, None, byte))
+        return PackedLinear(pack_kernels(weight, self.precision, self.codes), bias, self.choice)
 
 
 class PackedParts:

@@ -7,8 +7,6 @@ other numbers:
     packed-float32   products are as accurate as float32's: sums in another order
     packed           inputs and results of most products are rounded to bfloat16, and so are scales and shifts of 4-bit
                      weights and the head's weight: what most servers do, and faster
-    packed-int8-head the same, with the head, which experts keep in 16 bits, rounded to nearest at 8 bits: where the
-                     vocabulary is large, nothing is read as much for every token
 
 Memory: see `held_bytes`.
 """
@@ -27,12 +25,8 @@ from moqe.progress import Progress, Silent
 from moqe.runtimes.packed.parts import PackedParts, PackedSkeleton
 from moqe.runtimes.scoring import batches, check_windows, finite_losses, token_losses
 
-PRECISIONS: dict[str, tuple[torch.dtype, int]] = {
-    "packed": (torch.bfloat16, 16),
-    "packed-float32": (torch.float32, 16),
-    "packed-int8-head": (torch.bfloat16, 8),
-}
-"""By the runtime's name the type that products may round to, and the bits of the head's weights."""
+PRECISIONS: dict[str, torch.dtype] = {"packed": torch.bfloat16, "packed-float32": torch.float32}
+"""The precision of each runtime's name."""
 
 
 class PackedRuntime:
@@ -52,8 +46,7 @@ class PackedRuntime:
         max_batch_tokens: int = 2048,
         progress: Progress | None = None,
     ) -> None:
-        precision = (skeleton.precision, skeleton.head_bits)
-        self.name = next(runtime for runtime, one in PRECISIONS.items() if one == precision)
+        self.name = next(runtime for runtime, dtype in PRECISIONS.items() if dtype == skeleton.precision)
         self._skeleton, self._expert = skeleton, expert
         self.expert_name, self.max_batch_tokens = name, max_batch_tokens
         self._progress = progress or Silent()
