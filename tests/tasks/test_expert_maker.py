@@ -66,6 +66,17 @@ def test_scale_bits_are_refused_where_blocks_have_their_own() -> None:
         check(Expert(name="x", method="kquants", scheme="q4_0", scale_bits=32))
 
 
+def test_scale_bits_and_the_precision_of_statistics_are_for_texts(content: dict[str, Any]) -> None:
+    images = {"base": "timm:x", "task": "image-classification", "data": content["data"]}
+    images["data"] = {key: value for key, value in content["data"].items() if key != "window"}
+    expert = {"name": "a", "method": "ptq", "scheme": "w8a8"}
+    with pytest.raises(RecipeError, match="scale_bits has no effect where task is image-classification"):
+        parse_recipe(images | {"experts": [expert | {"scale_bits": 32}]})
+    images["data"] |= {"calibration_precision": "bfloat16"}
+    with pytest.raises(RecipeError, match="calibration_precision has no effect where task is image-classification"):
+        parse_recipe(images | {"experts": [expert]})
+
+
 def test_options_that_came_later_change_no_hash_while_they_are_not_used(content: dict[str, Any]) -> None:
     plain = parse_recipe(content | {"experts": [{"name": "a", **RTN}]})
     assert "scale_bits" not in str(plain.model_dump())
