@@ -44,7 +44,7 @@ def predict(base: Path, work: Path, folder: Path, options: argparse.Namespace) -
         experts=[built],
         minutes=options.minutes,
         seed=options.seed,
-        text_weight=TEXT_WEIGHT if options.variant == TEXT else 0.0,
+        text_weight=TEXT_WEIGHT if options.variant.startswith(TEXT) else 0.0,
         own_weight=options.own_weight,
         progress=Bars(),
     )
