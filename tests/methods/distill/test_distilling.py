@@ -136,6 +136,42 @@ def test_pieces_of_the_logits_give_the_gradient_of_the_whole(material: Any, monk
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_is_that_of_autograd(material: Any, dtype: torch.dtype) -> None:
+    student, data = material
+    made, rows = student(), torch.tensor([1, 4])
+    targets = replace(data.targets, dtype=dtype, text_weight=0.3)
+    value = targets.backward(made, data.tokens, rows)
+    ours = {name: parameter.grad for name, parameter in made.parameters().items()}
+    for parameter in made.parameters().values():
+        parameter.grad = None
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        hidden = made.hidden(data.tokens[rows][:, :-1]).flatten(0, 1)
+        theirs, following = data.targets.hidden[rows].flatten(0, 1), data.tokens[rows][:, 1:].flatten()
+        loss = targets._kl(made, hidden, theirs, following).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert value == pytest.approx(float(loss.detach()), rel=1e-5)
+    for name, parameter in made.parameters().items():
+        assert parameter.grad is not None
+        error = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert float(error) < (1e-5 if dtype == torch.float32 else 0.02), name
+
+
+def test_keeping_activations_or_making_them_again_is_the_same(material: Any) -> None:
+    student, data = material
+    found, ran = [], []
+    for most in (0, 1 << 40):
+        made, calls = student(most_kept=most), Counter[str]()
+        block = next(module for name, module in made.model.named_modules() if name.endswith("layers.0"))
+        block.block.register_forward_pre_hook(lambda *_, calls=calls: calls.update(["forward"]))
+        for _ in range(2):
+            data.targets.backward(made, data.tokens, torch.tensor([1, 4]))
+        found.append({name: parameter.grad for name, parameter in made.parameters().items()})
+        ran.append(calls["forward"])
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert ran == [5, 3]  # one to decide; then forward and again, or forward only
+
+
 def test_training_lowers_the_divergence_and_stores_what_it_reached(material: Any, tmp_path: Path) -> None:
     student, data = material
     made = student()

@@ -1,7 +1,7 @@
 """A linear layer whose integer codes are fixed and whose scales can be trained.
 
-The weight is made when it is needed and dropped again, in the forward pass and in the backward pass, so a layer takes
-the memory of its codes and not of its weights. With G = dL/dW the gradients are, group by group,
+The weight is made in the forward pass and kept until the backward pass. Where a student's blocks are run again for
+theirs, only codes stay in memory between the two. With G = dL/dW the gradients are, group by group,
 
     dL/d scale = sum over the group of G * step,   dL/d offset = sum over the group of G * lift
 
@@ -62,25 +62,25 @@ class ScaledLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """inputs @ W^T, which keeps codes instead of W for the backward pass."""
+    """inputs @ W^T. W is kept for the backward pass: in a block that is run again, until that block's is done."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, scale: Tensor, offset: Tensor | None, step: Tensor, lift: Any) -> Tensor:
-        ctx.save_for_backward(inputs, scale, offset, step, lift)
-        return nn.functional.linear(inputs, weight_of(step, scale, lift, offset, inputs.dtype))
+        weight = weight_of(step, scale, lift, offset, inputs.dtype)
+        ctx.save_for_backward(inputs, weight, step, lift)
+        ctx.has_offset = offset is not None
+        return nn.functional.linear(inputs, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, scale, offset, step, lift = ctx.saved_tensors
+        inputs, weight, step, lift = ctx.saved_tensors
         (outward,) = gradients
-        to_inputs = None
-        if ctx.needs_input_grad[0]:
-            to_inputs = outward @ weight_of(step, scale, lift, offset, outward.dtype)
+        to_inputs = outward @ weight if ctx.needs_input_grad[0] else None
         to_scale = to_offset = None
         if ctx.needs_input_grad[1]:
             flat = outward.flatten(0, -2)
             to_weight = (flat.T @ inputs.flatten(0, -2)).view(step.shape)  # (out, groups, width)
             to_scale = (to_weight * step.to(to_weight.dtype)).sum(-1, dtype=torch.float32)
-            if offset is not None and ctx.needs_input_grad[2]:
+            if ctx.has_offset and ctx.needs_input_grad[2]:
                 to_offset = (to_weight * lift.to(to_weight.dtype)).sum(-1, dtype=torch.float32)
         return to_inputs, to_scale, to_offset, None, None

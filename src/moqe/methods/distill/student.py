@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,22 @@ from moqe.models.shared import share
 from moqe.models.skeleton import assign, find_blocks
 from moqe.quantized import Quantized
 
+MOST_KEPT = 2 << 30  # bytes that all blocks may keep for the backward pass
+
 
 class Student:
     """An expert's blocks with fixed codes and trainable scales.
 
     skeleton: the model around the blocks, float32; it is not changed. files: the expert. norms: train the weights of
-    norms as well. Memory: a byte a weight (two for codes outside -128..127), and activations of one block at a time,
-    because every block is run again in the backward pass.
+    norms as well. Memory: a byte a weight (two for codes outside -128..127), and what blocks keep for the backward pass
+    where that is at most `most_kept` bytes in all; else every block is run again in the backward pass, so that one
+    block's is in memory at a time. The results are the same.
     Raises CheckpointError when the expert does not fit the skeleton or has nothing to train.
     """
 
-    def __init__(self, skeleton: nn.Module, files: ExpertFiles, *, norms: bool = False) -> None:
+    def __init__(
+        self, skeleton: nn.Module, files: ExpertFiles, *, norms: bool = False, most_kept: int = MOST_KEPT
+    ) -> None:
         model: Any = share(skeleton)
         self.model, self.files = model, files
         self.device = next(tensor.device for tensor in skeleton.parameters() if not tensor.is_meta)
@@ -36,13 +42,15 @@ class Student:
         _, blocks = find_blocks(model)
         self.linears: dict[str, ScaledLinear] = {}
         self.norms: dict[str, nn.Parameter] = {}
+        self._heads: dict[torch.dtype, Tensor] = {}
         for name in files.names():
             if in_block(name):
                 self._place(name, norms)
         if not self.linears:
             raise CheckpointError("the expert has no quantized linear: there are no scales to train")
+        keeping = Keeping(len(blocks), most_kept)
         for index, block in enumerate(blocks):
-            blocks[index] = _Checkpointed(block)
+            blocks[index] = _Checkpointed(block, keeping)
 
     def _place(self, name: str, norms: bool) -> None:
         value = self.files.load(name)
@@ -79,9 +87,15 @@ class Student:
         return states
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits, (..., vocabulary)."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits
+        """Logits, (..., vocabulary). Under autocast in its type, of weights that are rounded to it once."""
+        head, kind = self.model.get_output_embeddings(), self.device.type
+        if not torch.is_autocast_enabled(kind):
+            logits: Tensor = head(hidden)
+            return logits
+        dtype = torch.get_autocast_dtype(kind)
+        if dtype not in self._heads:
+            self._heads[dtype] = head.weight.detach().to(dtype)
+        return nn.functional.linear(hidden, self._heads[dtype], head.bias)
 
     def state(self) -> dict[str, Tensor]:
         """What was trained, as tensors that `load_state` takes."""
@@ -118,12 +132,38 @@ class Student:
         return found
 
 
-class _Checkpointed(nn.Module):
-    """A block whose activations are made again for the backward pass instead of being kept."""
+class Keeping:
+    """Whether blocks keep what their backward pass needs, which the first of them to run tells."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, blocks: int, most: int) -> None:
+        self.blocks, self.most = blocks, most
+        self.kept: bool | None = None
+
+    def decide(self, run: Callable[[], object], own: Iterable[Tensor]) -> bool:
+        """Keep, if all blocks keep at most `most` bytes. run: the block. own: what it has in memory anyway."""
+        if self.kept is None:
+            sizes: dict[int, int] = {}
+
+            def saved(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+                made = run()  # alive while bytes are counted: no storage is counted under another's address
+            for tensor in own:
+                sizes.pop(tensor.untyped_storage().data_ptr(), None)
+            self.kept = self.blocks * sum(sizes.values()) <= self.most
+            del made
+        return self.kept
+
+
+class _Checkpointed(nn.Module):
+    """A block that keeps what its backward pass needs, or is run again for it."""
+
+    def __init__(self, block: nn.Module, keeping: Keeping) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.keeping = block, keeping
 
     def __getattr__(self, name: str) -> Any:
         # Some decoders read an attribute of their blocks, such as `attention_type`.
@@ -133,6 +173,8 @@ class _Checkpointed(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = partial(self.block, *args, **kwargs)
         if not torch.is_grad_enabled():
-            return self.block(*args, **kwargs)
-        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
+            return run()
+        own = (*self.block.parameters(), *self.block.buffers())
+        return run() if self.keeping.decide(run, own) else checkpoint(run, use_reentrant=False)

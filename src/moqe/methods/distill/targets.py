@@ -78,27 +78,50 @@ class Targets:
         """Add the gradient of the mean divergence at `rows` to the student's parameters; the divergence, nats."""
         with mixed_precision(self.dtype, student.device):
             hidden = student.hidden(tokens[rows][:, :-1])
-        leaf = hidden.detach().requires_grad_(True)  # logits are made, and dropped, piece by piece
-        positions = leaf.shape[0] * leaf.shape[1]
-        total = 0.0
-        for piece in self._pieces(student, leaf, tokens, rows):
+        total, gradient = 0.0, []
+        for piece in self._pieces(student, hidden.detach(), tokens, rows):
             with mixed_precision(self.dtype, student.device):
-                loss = self._kl(student, *piece).sum() / positions
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
-        return total
+                divergence, part = self._kl_and_gradient(student, *piece)
+            total += float(divergence.sum())
+            gradient.append(part)
+        positions = hidden.shape[0] * hidden.shape[1]
+        hidden.backward(torch.cat(gradient).view(hidden.shape) / positions)  # type: ignore[no-untyped-call]
+        return total / positions
 
     def _kl(self, student: Student, mine: Tensor, theirs: Tensor, following: Tensor) -> Tensor:
         """(positions,), of the student's and the base's hidden states and the token that follows, int64."""
-        with torch.no_grad():
-            wanted = student.head(theirs).float().log_softmax(-1)  # (positions, vocabulary)
-            if self.text_weight:
-                wanted += math.log1p(-self.text_weight)
-                place, weight = following[:, None], wanted.new_tensor(self.text_weight)
-                wanted.scatter_(-1, place, torch.logaddexp(wanted.gather(-1, place), weight.log()))
+        wanted = self._wanted(student, theirs, following)
         found = student.head(mine).float().log_softmax(-1)
         return (wanted.exp() * (wanted - found)).sum(-1)
+
+    def _kl_and_gradient(
+        self, student: Student, mine: Tensor, theirs: Tensor, following: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and its gradient by the student's hidden states, float32 (positions, hidden).
+
+        By the logits it is the student's probabilities less those wanted, which is half the passes over a vocabulary
+        that autograd takes.
+        """
+        with torch.no_grad():
+            wanted = self._wanted(student, theirs, following)
+            target = wanted.exp()
+        leaf = mine.requires_grad_(True)
+        logits = student.head(leaf)
+        with torch.no_grad():
+            found = logits.float().log_softmax(-1)
+            divergence = wanted.sub_(found).mul_(target).sum(-1)
+            difference = found.exp_().sub_(target).to(logits.dtype)
+        (gradient,) = torch.autograd.grad(logits, leaf, difference)
+        return divergence, gradient
+
+    def _wanted(self, student: Student, theirs: Tensor, following: Tensor) -> Tensor:
+        """Logarithms of the target's probabilities, float32 (positions, vocabulary)."""
+        wanted = student.head(theirs).float().log_softmax(-1)
+        if self.text_weight:
+            wanted += math.log1p(-self.text_weight)
+            place, weight = following[:, None], wanted.new_tensor(self.text_weight)
+            wanted.scatter_(-1, place, torch.logaddexp(wanted.gather(-1, place), weight.log()))
+        return wanted
 
     def _pieces(self, student: Student, hidden: Tensor, tokens: Tensor, rows: Tensor) -> list[tuple[Tensor, ...]]:
         theirs, following = self.hidden[rows].to(hidden.device), tokens[rows][:, 1:].to(hidden.device)

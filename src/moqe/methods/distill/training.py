@@ -4,7 +4,8 @@ Adam (Kingma and Ba, 2015) on log-scales with a short warm-up and a cosine to ze
 their windows times their weights, so a generalist and a specialist differ in nothing but these proportions. Every few
 steps the divergence on held-out windows, weighed alike, is measured; the best state is kept.
 
-Cost: about four forward passes of the model per window and step (forward, forward again, two products backward).
+Cost: about three forward passes of the model per window and step (one forward, two products backward), and a fourth
+where blocks are run again, see `Student`.
 """
 
 from __future__ import annotations
