@@ -15,7 +15,7 @@ import moqe
 from moqe.errors import UnsupportedLayer
 from moqe.folder import MixtureFolder
 from moqe.formats import CompressedTensorsWriter, open_expert
-from moqe.formats.expert_files import ExpertWriter
+from moqe.methods.block import BlockResult
 from moqe.models.calibration import CalibratedBlock
 from moqe.progress import Silent
 from moqe.quantized import IntegerTensor
@@ -79,15 +79,15 @@ def test_a_sequential_prefix_runs_as_the_expert_does(
 ) -> None:
     """What the second block was calibrated on is what the finished expert's first block makes of the same windows."""
     seen: list[torch.Tensor] = []
-    observed = ExpertMaker._make
+    observed = ExpertMaker._quantize
 
-    def keep(self: ExpertMaker, expert: Expert, writer: ExpertWriter, block: CalibratedBlock) -> None:
+    def keep(self: ExpertMaker, expert: Expert, block: CalibratedBlock) -> BlockResult:
         if block.index == 1:
             parts = block.statistics["self_attn.q_proj"].values()
             seen.append(torch.stack([part.absmax for part in parts]).amax(0))
-        observed(self, expert, writer, block)
+        return observed(self, expert, block)
 
-    monkeypatch.setattr(ExpertMaker, "_make", keep)
+    monkeypatch.setattr(ExpertMaker, "_quantize", keep)
     expert = {"name": "own", "method": "gptq", "scheme": scheme, "sequential": True}
     recipe_content["experts"] = [expert | ({"group_size": 64} if scheme == "w4a8" else {})]
     task = LanguageTask(parse_recipe(recipe_content), tmp_path)

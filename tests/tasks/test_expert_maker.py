@@ -12,6 +12,7 @@ from moqe.errors import RecipeError
 from moqe.folder import CERTIFICATE
 from moqe.formats import open_expert
 from moqe.methods import check
+from moqe.methods.block import quantize_block
 from moqe.models.device import product_dtype
 from moqe.progress import Silent
 from moqe.quantized import IntegerTensor
@@ -102,3 +103,35 @@ def test_statistics_in_bfloat16_make_nearly_the_same_expert(content: dict[str, A
     assert same > 0.9
     if product_dtype("cpu", "auto") == torch.bfloat16:
         assert same < 1.0  # the option reached the statistics
+
+
+def test_experts_that_would_get_the_same_codes_are_quantized_once(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moqe.tasks import expert_maker
+
+    made: list[str] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        made.append(args[3].name)
+        return quantize_block(*args, **options)
+
+    monkeypatch.setattr(expert_maker, "quantize_block", watched)
+    family = [
+        {"name": "twin", **RTN, "distill": {"steps": 1, "evaluate_every": 1}},
+        {"name": "rtn", **RTN},
+        {"name": "wide", **RTN, "scale_bits": 32},
+        {**GPTQ, "calibration": {"prose": 2.0}},
+        {**GPTQ, "name": "even"},
+    ]
+    experts = make(parse_recipe(content | {"experts": family}), tmp_path / "m")
+    blocks = len(made) // 4
+    assert made == ["twin", "wide", "gptq", "even"] * blocks
+    name = "model.layers.0.mlp.down_proj.weight"
+    twin, rtn = experts["twin"].load(name), experts["rtn"].load(name)
+    assert isinstance(twin, IntegerTensor)
+    assert isinstance(rtn, IntegerTensor)
+    assert torch.equal(twin.codes, rtn.codes)
+    certificates = [read_json(tmp_path / "m" / "experts" / n / CERTIFICATE) for n in ("twin", "rtn")]
+    assert certificates[0]["layers"] == certificates[1]["layers"]
+    assert [certificate["expert"] for certificate in certificates] == ["twin", "rtn"]

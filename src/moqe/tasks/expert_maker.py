@@ -26,7 +26,7 @@ from moqe.formats.gguf_split import gguf_paths
 from moqe.formats.open import is_gguf
 from moqe.formats.safetensors_folder import save_tensors
 from moqe.methods import METHODS
-from moqe.methods.block import quantize_block
+from moqe.methods.block import BlockResult, quantize_block
 from moqe.methods.certificate import LayerRecord, certify
 from moqe.models.activations import quantize_inputs
 from moqe.models.calibration import CalibratedBlock, calibrate
@@ -38,7 +38,7 @@ from moqe.models.weights import resolve_base
 from moqe.progress import Progress
 from moqe.recipe import Expert, Recipe
 from moqe.schemes import Scheme, scheme
-from moqe.store import digest_files, link, read_json, write_json
+from moqe.store import canonical_hash, digest_files, link, read_json, write_json
 from moqe.tasks.distiller import Distiller
 
 log = logging.getLogger("moqe")
@@ -108,10 +108,17 @@ class ExpertMaker:
             calibrated = calibrate(
                 self.decoder, samples, start_block=missing[0], products=products, replace=replace, progress=progress
             )
+            twins: dict[str, list[Expert]] = {}  # a generalist of gptq has gptq's own codes
+            for expert in experts:
+                key = canonical_hash(expert.model_dump(mode="json", exclude={"name", "distill"}))
+                twins.setdefault(key, []).append(expert)
             for block in calibrated:
-                for expert in experts:
-                    if not self._done(expert, writers[expert.name], block.index):
-                        self._make(expert, writers[expert.name], block)
+                for alike in twins.values():
+                    pending = [e for e in alike if not self._done(e, writers[e.name], block.index)]
+                    if pending:
+                        result = self._quantize(pending[0], block)
+                        for expert in pending:
+                            self._store(expert, writers[expert.name], block, result)
         with progress.track("complete files", len(experts)) as advance:
             for expert in experts:
                 writers[expert.name].finish()
@@ -124,9 +131,9 @@ class ExpertMaker:
                 write_json(self._place(expert) / CERTIFICATE, certificate.to_json())
                 advance(1)
 
-    def _make(self, expert: Expert, writer: ExpertWriter, block: CalibratedBlock) -> None:
-        """Quantize one block for one expert and write it, its record first: a written block has its record."""
-        result = quantize_block(
+    def _quantize(self, expert: Expert, block: CalibratedBlock) -> BlockResult:
+        """One block's linears by an expert's method."""
+        return quantize_block(
             block.module,
             block.groups,
             block.statistics,
@@ -136,6 +143,9 @@ class ExpertMaker:
             scale_dtype=torch.float32 if self.schemes[expert.name].scale_bits == 32 else self.scale_dtype,
             parameter_dtype=self.parameter_dtype,
         )
+
+    def _store(self, expert: Expert, writer: ExpertWriter, block: CalibratedBlock, result: BlockResult) -> None:
+        """Write one block of one expert, its record first: a written block has its record."""
         tensors = result.tensors
         write_json(self._record(expert, block.index), {"layers": [layer.to_json() for layer in result.layers]})
         if expert.sequential:
