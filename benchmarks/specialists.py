@@ -104,6 +104,7 @@ def make_recipe(options: argparse.Namespace, texts: Path, bits: int, variant: st
                 "test": sources("test", DOMAINS),
                 "window": 256,
                 "calibration_samples": 64 * len(seen),
+                "calibration_precision": "auto",
                 "router_samples": options.router_samples,
                 "test_samples": options.test_samples,
             },
