@@ -3,8 +3,9 @@
     python -m benchmarks.specialists --base MODEL --texts TEXTS --corpus CORPUS --work FOLDER [--bits 4] [--seed 0]
 
 MODEL is a full-precision folder. TEXTS holds the files of `benchmarks.language`, CORPUS is a parquet file with the
-columns `text`, `domain` and `source` (docs/results.md says which were used). FOLDER keeps experts, losses and outcomes:
-the command resumes, and every run writes the tables of all widths, variants and seeds that FOLDER holds.
+columns `text`, `domain` and `source` (docs/results.md says which were used). FOLDER keeps experts and losses: the
+command resumes, and takes over from other runs there what it has in common with them. What each way of choosing scored
+on every test window goes to docs/measurements/specialists, and the tables are written from what is there.
 
 A seed decides which documents calibrate, train routers and test, and everything drawn at random. Rows are pooled over
 seeds; a difference is paired by window, and its interval is a bootstrap over documents. The best single expert is
@@ -31,6 +32,7 @@ from benchmarks.domain_texts import DOMAINS, write_domain_texts
 from benchmarks.language import score
 from benchmarks.specialists_held_out import held_out_routing
 from benchmarks.specialists_memory import memory_curve
+from benchmarks.specialists_runs import keep, read_kept, take_over
 from benchmarks.specialists_tables import BEST, GENERALIST, GROUP, LABEL, MATCHED, TEXT, sections
 from benchmarks.tables import write_section
 from moqe.cli import Bars
@@ -55,6 +57,9 @@ VARIANTS = KINDS | {TEXT: {}} | {f"{TEXT}+{kind}": what for kind, what in KINDS.
 TEXT_WEIGHT = 0.5  # of the text in what experts of the variant `text` follow; the rest is the base
 SAMPLES = 352  # windows of each domain for distillation; statistics take 64
 OWN_WEIGHT = 32.0  # how much oftener a specialist sees its own
+CONDITIONS = (
+    "steps branch batch_windows learning_rate samples own_weight specialists router_samples test_samples runtime"
+)
 STEPS, BRANCH, WINDOWS = 120, 30, 4  # updates, of which the first are made once for all, and windows an update
 
 
@@ -223,6 +228,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--kept", type=Path, default=Path("docs/measurements/specialists"), help="outcomes of all runs")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", choices=(*VARIANTS, MATCHED), default="codes")
@@ -245,10 +251,14 @@ def main() -> None:
     kind = f"{options.bits}-{options.variant}" + (f"-without-{options.hold_out}" if options.hold_out else "")
     folder = options.work / kind / f"seed-{options.seed}-{recipe.hash}"
     console.print(f"{kind}, seed {options.seed}: {folder}")
+    for what in take_over(recipe, folder, options.work):
+        console.print(f"taken over: {what}")
     measure(recipe, folder, options.seed, bars)
     if options.variant != MATCHED and not options.hold_out:
         measure_more(recipe, folder, options.seed, bars)
-    for name, content in sections(options.work).items():
+    conditions = {name: getattr(options, name) for name in CONDITIONS.split()}
+    keep(folder, options.kept, kind, conditions)
+    for name, content in sections(read_kept(options.kept)).items():
         write_section(options.out, f"specialists-{name}", content)
 
 

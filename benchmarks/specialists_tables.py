@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from benchmarks.tables import table
 from moqe.data.protocols import WHOLE
 from moqe.evaluate import BASE, intervals
 from moqe.evaluate.format import number, signed_interval
-from moqe.store import read_json
 
 GENERALIST, LABEL, BEST, MIXTURE = "generalist", "domain label", "best single", "router mixture"
 GROUP = 64
@@ -23,13 +22,8 @@ RESAMPLES = 2000
 Outcomes = dict[str, Any]  # what one run keeps
 
 
-def sections(work: Path) -> dict[str, str]:
-    """A section for every width and variant that a folder holds, pooled over its seeds, by name."""
-    found: dict[str, list[Outcomes]] = {}
-    for place in sorted(work.glob("[234]-*")):
-        runs = [_run(path) for path in sorted(place.glob("*/outcomes.json"))]
-        if runs:
-            found[place.name] = runs
+def sections(found: Mapping[str, list[Outcomes]]) -> dict[str, str]:
+    """A section for each width and variant, pooled over seeds, by name. found: runs by kind; they get lines more."""
     written = {}
     for name, runs in found.items():
         bits, variant, *rest = name.split("-", 2)
@@ -40,19 +34,12 @@ def sections(work: Path) -> dict[str, str]:
         _match(runs, found.get(more[0], []), more[1], f"{more[1]}, {int(bits) + 1} bits", of_more_bits=True)
         if variant.startswith(TEXT):
             _match(runs, found.get(f"{bits}-codes", []), GENERALIST, f"{GENERALIST} that follows the base alone")
+        if variant != alike:  # the same windows served by specialists for domains that share codes, in no rounds
+            for way in (MIXTURE, LABEL):
+                _match(runs, found.get(f"{bits}-{alike}", []), way, f"{way}, specialists: {alike}")
         held = rest[0].removeprefix("without-") if rest else ""
         written[name] = section(int(bits), variant, runs, held)
     return written
-
-
-def _run(path: Path) -> Outcomes:
-    """What a run keeps, in one: its outcomes and what was measured with the finished experts."""
-    found: Outcomes = read_json(path)
-    for name in ("memory", "held-out"):
-        extra = path.with_name(f"{name}.json")
-        if extra.exists():
-            found[name] = read_json(extra)
-    return found
 
 
 def _match(runs: list[Outcomes], others: list[Outcomes], expert: str, line: str, *, of_more_bits: bool = False) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from benchmarks.interleaved import Spread, pairwise, ratios, seconds_per_round
+from benchmarks.specialists_runs import keep, read_kept, take_over
 from benchmarks.specialists_tables import BEST, GENERALIST, LABEL, MIXTURE, claim, pooled, section, sections
 from benchmarks.tables import write_section
 
+from moqe.recipe import Recipe, parse_recipe
 from moqe.store import write_json
 
 PROTOCOL = "prefix-64"
@@ -90,19 +93,96 @@ def test_seeds_are_pooled_and_their_documents_kept_apart() -> None:
     assert "nats against gptq, 50 % of its loss against the base" in text
 
 
-def test_what_clusters_and_rounds_did_is_listed(tmp_path: Path) -> None:
+def test_what_clusters_and_rounds_did_is_listed() -> None:
     run = outcome(0, 0.01, 0.02)
     run["made"] = {
         "generalist": {"rounds": [{"round": 1, "before": 0.5, "after": 0.4}]},
         "for-cluster-1": {"own": {"windows": 7, "words": ["def", "self"]}},
     }
-    for kind in ("text+clusters", "rounds"):
-        write_json(tmp_path / f"4-{kind}" / "seed-0-x" / "outcomes.json", run)
-    found = sections(tmp_path)
+    found = sections({f"4-{kind}": [copy.deepcopy(run)] for kind in ("text+clusters", "rounds")})
     assert set(found) == {"4-text+clusters", "4-rounds"}
     assert "| for-cluster-1 | 0 | 7 | `def`, `self` |" in found["4-text+clusters"]
     assert "follows base and text" in found["4-text+clusters"]
     assert "0.5000 → 0.4000" in found["4-rounds"]
+
+
+def test_variants_stand_beside_specialists_by_domain_on_the_same_windows() -> None:
+    plain, clusters = outcome(0, 0.02, 0.03), outcome(0, 0.01, 0.02)
+    other = outcome(1, 0.01, 0.02)  # of other windows
+    found = sections({"4-text": [plain], "4-text+clusters": [clusters], "4-text+none": [other]})
+    assert "router mixture, specialists: text" in found["4-text+clusters"]
+    assert "domain label, specialists: text" in found["4-text+clusters"]
+    assert "specialists: text |" not in found["4-text"]
+    assert "specialists: text |" not in found["4-text+none"]
+
+
+def test_a_run_keeps_what_its_tables_need(tmp_path: Path) -> None:
+    for seed in (1, 0):
+        run, folder = outcome(seed, 0.01, 0.02), tmp_path / "work" / f"seed-{seed}"
+        run["made"] = {"generalist": {"rounds": [{"round": 1, "before": 0.0123456789, "after": 0.01}]}}
+        write_json(folder / "outcomes.json", run)
+        write_json(folder / "memory.json", [{"memory": 1.5, "loss": [1.0]}])
+        keep(folder, tmp_path / "kept", "4-codes", {"steps": 64})
+    (tmp_path / "kept" / "4-matched").mkdir()
+    found = read_kept(tmp_path / "kept")
+    assert list(found) == ["4-codes"]
+    assert [run["seed"] for run in found["4-codes"]] == [0, 1]
+    kept, first = found["4-codes"][0], outcome(0, 0.01, 0.02)
+    assert kept["conditions"] == {"steps": 64}
+    assert kept["memory"] == [{"memory": 1.5, "loss": [1.0]}]
+    assert kept["made"]["generalist"]["rounds"][0]["before"] == 0.0123457
+    ways, exact = (one["protocols"][PROTOCOL]["ways"][MIXTURE] for one in (kept, first))
+    assert ways == pytest.approx(exact, abs=5e-4)
+    assert ways != exact
+
+
+def test_a_run_takes_over_what_is_the_same(tmp_path: Path) -> None:
+    def recipe(**changes: Any) -> Recipe:
+        source = [{"path": "a.jsonl", "domain": "a"}, {"path": "b.jsonl", "domain": "b"}]
+        gptq = {"method": "gptq", "scheme": "w4a16", "group_size": 64}
+        family = {"own_weight": 4.0, "distill": {"steps": 8, "branch_after": 2}} | changes.pop("specialists", {})
+        content = {
+            "base": "base",
+            "data": {"calibration": source, "router": source, "test": source},
+            "experts": [{"name": "gptq", **gptq}, {"name": "narrow", **gptq, "scheme": "w3a16"}],
+            "specialists": family,
+        }
+        return parse_recipe(content | changes)
+
+    def written(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"recipe.json"}
+
+    first = tmp_path / "4-text" / "first"
+    assert take_over(recipe(), first, tmp_path) == []
+    always = {"scores/parts/base-test-00000.parquet"}
+    plain = {"experts/gptq/certificate.json", "scores/parts/gptq-test-00000.parquet", "shared/config.json"}
+    general = {
+        ".work/quantized/generalist/a",
+        ".work/records/generalist/b",
+        "scores/parts/generalist-test-00000.parquet",
+    }
+    trained = {".work/distill/for-a/round-0/own-4/training.safetensors"}
+    mine = {
+        "experts/generalist/certificate.json",
+        "scores/parts/for-a-test-00000.parquet",
+        "experts/for-a/certificate.json",
+    }
+    for name in always | plain | general | trained | mine | {".work/distill/for-a/round-1/own-4/training.safetensors"}:
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / name).write_text(name)
+
+    cases = {
+        "rounds": (recipe(specialists={"rounds": 2}), always | plain | general | trained),
+        "weights": (recipe(specialists={"own_weight": 8.0}), always | plain | general),
+        "clusters": (recipe(specialists={"by": "cluster", "count": 2}), always),
+        "seed": (recipe(seed=1), set()),
+    }
+    for name, (changed, expected) in cases.items():
+        folder = tmp_path / "4-other" / name
+        said = take_over(changed, folder, tmp_path)
+        assert written(folder) == expected, name
+        assert bool(said) == bool(expected)
+    assert (tmp_path / "4-other" / "rounds" / "shared" / "config.json").samefile(first / "shared" / "config.json")
 
 
 def test_a_section_is_replaced_and_the_rest_left(tmp_path: Path) -> None:

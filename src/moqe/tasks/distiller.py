@@ -8,7 +8,6 @@ every member has had the same number of steps.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -84,7 +83,6 @@ class Distiller:
             unfinished = [e for e in family.members if not self.folder.certificate(e.name).exists()]
             if unfinished:
                 self._distil(family, unfinished, progress)
-        shutil.rmtree(self.folder.work / "quantized", ignore_errors=True)
 
     def _distil(self, family: Family, unfinished: Sequence[Expert], progress: Progress) -> None:
         source = self._source(family.owner)
