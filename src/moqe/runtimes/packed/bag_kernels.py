@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moqe.errors import ModelError
-from moqe.runtimes.packed.kernel import Keep, Multiply
+from moqe.runtimes.packed.kernel import Multiply
 from moqe.runtimes.packed.weight import GroupedWeight
 
 _FEW = 8
@@ -33,16 +33,14 @@ class BagKernels:
     """A weight as low-bit embeddings. Satisfies `Kernels`.
 
     table: what `bag_table` made. weight: scales and shifts. precision: float32, or bfloat16 for the product of many
-    rows. keep: puts what is made of scales and shifts where it is to lie. Runs on the CPU.
+    rows. Runs on the CPU.
     """
 
-    def __init__(
-        self, table: Tensor, weight: GroupedWeight, precision: torch.dtype, keep: Keep = torch.Tensor.contiguous
-    ) -> None:
+    def __init__(self, table: Tensor, weight: GroupedWeight, precision: torch.dtype) -> None:
         self.shape, self.precision = weight.shape, precision
         self._table, self._wide = table, weight.bits > 4
-        self._scale = keep(weight.scale.T)  # (groups, out)
-        self._shift = None if weight.shift is None else keep(weight.shift.T)
+        self._scale = weight.scale.T.contiguous()  # (groups, out)
+        self._shift = None if weight.shift is None else weight.shift.T.contiguous()
         self._group_size = weight.group_size
         columns = self.shape[1]
         self._indices = torch.arange(columns, dtype=torch.int32)

@@ -21,7 +21,6 @@ from torch import Tensor
 log = logging.getLogger("moqe")
 
 Multiply = Callable[[Tensor], Tensor]
-Keep = Callable[[Tensor], Tensor]  # the same values, contiguous, where they are to lie
 _TRIALS = 3
 _HOPELESS = 3.0  # a candidate this many times slower than the best is not tried again
 

@@ -14,7 +14,6 @@ from moqe.runtimes.packed.byte_kernels import ByteKernels
 from moqe.runtimes.packed.float_kernels import FloatKernels
 from moqe.runtimes.packed.gpu_kernels import GpuNibbleKernels, GpuUnpackedKernels, fits_gpu, pack_gpu
 from moqe.runtimes.packed.kernel import Choice, Kernels
-from moqe.runtimes.packed.pages import ExpertPages
 from moqe.runtimes.packed.tile_kernels import GROUP_SIZES, TileKernels, fits_tiles, pack_tiles
 from moqe.runtimes.packed.weight import GroupedWeight
 
@@ -65,21 +64,16 @@ class PackedLinear:
         return product if self.bias is None else product + self.bias
 
 
-def pack_kernels(
-    weight: GroupedWeight | Tensor, precision: torch.dtype, packed: PackedCodes, pages: ExpertPages | None = None
-) -> Kernels:
+def pack_kernels(weight: GroupedWeight | Tensor, precision: torch.dtype, packed: PackedCodes) -> Kernels:
     """The kernels for a weight: quantized, or float, (out, in).
 
     precision: float32 keeps products as accurate as float32's, bfloat16 rounds inputs and results to that type where
-    it is faster. packed: where codes are shared. pages: where what is made lies, on a CPU.
+    it is faster. packed: where codes are shared.
     """
-    pages = pages or ExpertPages()
     if isinstance(weight, Tensor):
-        rounded = weight.to(precision)
-        return FloatKernels(weight if rounded is weight else pages.own.keep(rounded))
-    keep, own = pages.codes.keep, pages.own.keep
+        return FloatKernels(weight.to(precision))
     if weight.groups == 1 and weight.bits > 4:
-        return ByteKernels(packed.of(weight, "bytes", keep), weight, precision)
+        return ByteKernels(packed.of(weight, "bytes", torch.Tensor.contiguous), weight, precision)
     if weight.bits <= 4 and weight.group_size not in GROUP_SIZES:  # one scale a row, for example
         fitting = [size for size in GROUP_SIZES if weight.group_size % size == 0]
         weight = weight.regrouped(fitting[0]) if fitting else weight
@@ -88,7 +82,7 @@ def pack_kernels(
             return GpuNibbleKernels(packed.of(weight, "gpu nibbles", pack_gpu), weight)
         return GpuUnpackedKernels(packed.of(weight, "bytes", torch.Tensor.contiguous), weight, precision)
     if precision == torch.bfloat16 and fits_tiles(weight):
-        return TileKernels(packed.of(weight, "tiles", lambda codes: keep(pack_tiles(codes))), weight, own)
+        return TileKernels(packed.of(weight, "tiles", pack_tiles), weight)
     wide = weight.bits > 4
-    table = packed.of(weight, f"bags {wide}", lambda codes: keep(bag_table(codes, weight.bits)))
-    return BagKernels(table, weight, precision, own)
+    table = packed.of(weight, f"bags {wide}", lambda codes: bag_table(codes, weight.bits))
+    return BagKernels(table, weight, precision)

@@ -22,7 +22,6 @@ from moqe.runtimes.installation import stored_names
 from moqe.runtimes.packed.decoder import Block, Decoder, Shape, require_supported, rotated_order
 from moqe.runtimes.packed.kernel import Choice, process_choice
 from moqe.runtimes.packed.linear import PackedCodes, PackedLinear, pack_kernels
-from moqe.runtimes.packed.pages import ExpertPages
 from moqe.runtimes.packed.weight import GroupedWeight, Key, concatenated, grouped_weight
 
 
@@ -86,7 +85,6 @@ class PackedParts:
         self._lease = SharedCodes(str(skeleton.device)).lease()
         self._keys = _code_keys(expert)
         self._linears: list[PackedLinear] = []
-        self._pages = ExpertPages()
         model, precision = skeleton.model, skeleton.precision
         prefix, blocks = find_blocks(model)
         made = [self._block(f"{prefix}.{index}", block) for index, block in enumerate(blocks)]
@@ -103,7 +101,7 @@ class PackedParts:
         self.vocabulary = int(self.embedding.shape[0])
         if isinstance(expert, PackedFiles):
             expert.close()
-        del self._lease, self._parameters, self._expert, self._pages  # what was read is packed by now
+        del self._lease, self._parameters, self._expert  # what was read is packed by now
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings, float32 (..., hidden), of tokens, int64 (...)."""
@@ -168,7 +166,7 @@ class PackedParts:
 
     def _packed(self, weight: GroupedWeight | Tensor, bias: Tensor | None) -> PackedLinear:
         bits = 16 if isinstance(weight, Tensor) else weight.activation_bits
-        kernels = pack_kernels(weight, self._skeleton.precision, self._skeleton.codes, self._pages)
+        kernels = pack_kernels(weight, self._skeleton.precision, self._skeleton.codes)
         self._linears.append(PackedLinear(kernels, bias, self._skeleton.choice, bits))
         return self._linears[-1]
 

@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moqe.runtimes.packed.kernel import Keep, Multiply
+from moqe.runtimes.packed.kernel import Multiply
 from moqe.runtimes.packed.weight import GroupedWeight
 
 GROUP_SIZES = (256, 128, 64, 32)
@@ -30,17 +30,14 @@ _WIDTHS = (64, 32, 16)
 
 
 class TileKernels:
-    """A weight in the kernel's tiles. Satisfies `Kernels`.
+    """A weight in the kernel's tiles. Satisfies `Kernels`. tiles: of `pack_tiles`. weight: its scales and shifts."""
 
-    tiles: of `pack_tiles`. weight: its scales and shifts. keep: puts what is made of them where it is to lie.
-    """
-
-    def __init__(self, tiles: Tensor, weight: GroupedWeight, keep: Keep = torch.Tensor.contiguous) -> None:
+    def __init__(self, tiles: Tensor, weight: GroupedWeight) -> None:
         self.shape = weight.shape
         self._tiles, self._group_size = tiles, weight.group_size
         zero = torch.zeros_like(weight.scale) if weight.shift is None else weight.shift
         self._shifted = weight.shift is not None
-        self._grid = keep(torch.stack([weight.scale.T, zero.T], -1).to(torch.bfloat16))  # (groups, out, 2)
+        self._grid = torch.stack([weight.scale.T, zero.T], -1).to(torch.bfloat16)  # (groups, out, 2)
         self.kind = f"tiles {self._group_size}"
 
     def candidates(self, rows: int) -> Mapping[str, Multiply]:
