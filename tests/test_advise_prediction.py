@@ -15,6 +15,7 @@ from moqe.advice.codes import bits_per_weight
 from moqe.advice.measurement import Scored, Scores, Width, _growth
 from moqe.advice.prediction import Predictor, Size, gap_at, growth_of
 from moqe.methods.distill import Targets
+from moqe.methods.distill.targets import BaseAnswers
 
 POINTS = np.array([bits_per_weight(bits) for bits in (3, 4, 8)])
 
@@ -49,7 +50,7 @@ def measured(
                 )
         widths.append(Width(bits, "gptq", gap, Scores(nats, np.full(n, gap)), special, 48, growth))
     document = np.array([f"d{index // 2}" for index in range(n)])
-    targets = Targets(torch.empty(0), torch.float32)
+    targets = Targets(BaseAnswers(lambda: torch.empty(0)), torch.float32)
     judging = np.arange(n) >= 40
     return widths, Scored(torch.zeros(n, 4), label, label, document, judging, targets, base, torch.float32)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.advice import prediction_path
+from benchmarks.advice import section as advice_section
 from benchmarks.interleaved import Spread, pairwise, ratios, seconds_per_round
 from benchmarks.specialists_runs import keep, read_kept, take_over
 from benchmarks.specialists_tables import BEST, GENERALIST, LABEL, MIXTURE, claim, pooled, section, sections
@@ -134,6 +136,17 @@ def test_a_run_keeps_what_its_tables_need(tmp_path: Path) -> None:
     ways, exact = (one["protocols"][PROTOCOL]["ways"][MIXTURE] for one in (kept, first))
     assert ways == pytest.approx(exact, abs=5e-4)
     assert ways != exact
+
+
+def test_advice_stands_beside_what_was_kept(tmp_path: Path) -> None:
+    for kind, seed in (("4-codes", 0), ("4-text", 1)):
+        write_json(tmp_path / "run" / "outcomes.json", outcome(seed, 0.01, 0.02))
+        keep(tmp_path / "run", tmp_path, kind, {})
+    gain = {"value": 0.015, "low": 0.01, "high": 0.02}
+    write_json(prediction_path(tmp_path, "4-text", 1), {"row": {"gain": gain, "experts": 2}, "minutes": 9.96})
+    (line,) = [line for line in advice_section(tmp_path).splitlines() if line.startswith("| 4 |")]
+    assert line.startswith("| 4 | text | 1 | 2 | 10.0 | +0.0150 [+0.0100, +0.0200] | +0.0100 [")
+    assert line.count("| 1.50 |") == 2
 
 
 def test_a_run_takes_over_what_is_the_same(tmp_path: Path) -> None:

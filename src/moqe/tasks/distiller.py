@@ -27,6 +27,7 @@ from moqe.formats.expert_files import ExpertWriter
 from moqe.method_options import Distill
 from moqe.methods.certificate import significant
 from moqe.methods.distill import Distilled, Student, Targets, TrainingSet, distill, snapshot_path
+from moqe.methods.distill.training import window_schedule
 from moqe.models.clusters import telling_tokens
 from moqe.models.decoder import Decoder
 from moqe.models.device import product_dtype
@@ -186,10 +187,7 @@ class Distiller:
             member.distill.branch_after for member in family.members if member.distill is not None and member.codes_of
         } - {0}
         best: Distilled | None = None
-        for own in OWN_WEIGHTS if open_labels else (1.0,):
-            weights: dict[str, float | None] = {
-                label: own if weight is None else weight for label, weight in expert.distill.weights.items()
-            }
+        for own, weights in _candidates(expert.distill).items():
             options = expert.distill.model_copy(update={"weights": weights})
             folder = self.folder.training(expert.name) / f"round-{number}" / f"own-{own:g}"
             start = None
@@ -270,9 +268,7 @@ class Distiller:
         return torch.cat([targets.divergence(student, self.samples.tokens, part) for part in torch.split(rows, _ROWS)])
 
     def _data(self, options: Distill, labels: Sequence[str], progress: Progress) -> TrainingSet:
-        train, validation = validation_rows(self.samples, options, self.recipe.seed)
-        seen = self.samples.spread(options.samples or self.recipe.data.calibration_samples)
-        train = train[torch.isin(train, torch.tensor(seen))]
+        train, validation = self._rows(options)
         targets = self._followed(options, progress)
         return TrainingSet(self.samples.tokens, labels, targets, train, validation)
 
@@ -280,8 +276,31 @@ class Distiller:
         """What a training with these options follows; what the base says is computed once for all."""
         if "_targets" not in self.__dict__:
             dtype = product_dtype(str(self.decoder.device), options.precision)
-            self._targets = Targets.of(self.decoder, self.samples.tokens, dtype, progress)
+            self._targets = Targets.later(self.decoder, self.samples.tokens, dtype, progress, self._shown())
         return replace(self._targets, text_weight=options.text_weight)
+
+    def _shown(self) -> Tensor | None:
+        """Rows of the windows that some training shows or validates on; None for all, which alternation looks at.
+
+        They depend on the recipe alone, so that a resumed build runs the base over the same ones in the same batches.
+        """
+        if self.recipe.specialists is not None and self.recipe.specialists.rounds:
+            return None
+        found: set[int] = set()
+        for expert in self.recipe.experts:
+            if expert.distill is not None:
+                train, validation = self._rows(expert.distill)
+                length = expert.distill.steps * expert.distill.batch_windows
+                for weights in _candidates(expert.distill).values():
+                    schedule = window_schedule(self.samples.domain, train, weights, length, self.recipe.seed)
+                    found |= {*schedule.tolist(), *validation.tolist()}
+        return torch.tensor(sorted(found))
+
+    def _rows(self, options: Distill) -> tuple[Tensor, Tensor]:
+        """Rows to train on and to validate on."""
+        train, validation = validation_rows(self.samples, options, self.recipe.seed)
+        seen = self.samples.spread(options.samples or self.recipe.data.calibration_samples)
+        return train[torch.isin(train, torch.tensor(seen))], validation
 
     @cached_property
     def _skeleton(self) -> torch.nn.Module:
@@ -337,6 +356,12 @@ class Distiller:
         if scheme.is_block:
             return GgufWriter(folder, base, shared, scheme, blocks, self.folder.work / "blocks" / expert.name)
         return CompressedTensorsWriter(folder, base, shared, scheme, blocks, codes_of=source)
+
+
+def _candidates(options: Distill) -> dict[float, dict[str, float]]:
+    """The weights of labels to train with, by what stands for one that is open."""
+    tried = OWN_WEIGHTS if None in options.weights.values() else (1.0,)
+    return {own: {k: own if weight is None else weight for k, weight in options.weights.items()} for own in tried}
 
 
 def _own_labels(member: Expert) -> set[str]:

@@ -19,6 +19,7 @@ from moqe.formats import open_expert
 from moqe.method_options import Distill
 from moqe.methods import check
 from moqe.methods.distill import Distilled, Student, Targets, TrainingSet, distill, snapshot_path
+from moqe.methods.distill.targets import BaseAnswers
 from moqe.methods.distill.training import rate_share, window_schedule
 from moqe.models.decoder import Decoder
 from moqe.models.shared import open_shared
@@ -66,6 +67,27 @@ def test_targets_are_what_the_whole_model_says_before_its_head(loud_base: Path, 
     with torch.no_grad():
         whole = model.base_model(input_ids=data.tokens[:, :-1]).last_hidden_state  # type: ignore[operator]
     torch.testing.assert_close(data.targets.hidden, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_is_run_when_asked_and_over_the_windows_that_will_be_shown(loud_base: Path, material: Any) -> None:
+    student, data = material
+    ran: list[str] = []
+
+    class Shown(Silent):
+        def track(self, what: str, total: int) -> Any:
+            ran.append(what)
+            return super().track(what, total)
+
+    rows = torch.tensor([1, 4, 7])
+    later = Targets.later(Decoder.open(str(loud_base)), data.tokens, progress=Shown(), rows=rows)
+    assert not ran
+    mixed = replace(later, text_weight=0.5)
+    torch.testing.assert_close(later.hidden[rows], data.targets.hidden[rows], rtol=1e-4, atol=1e-4)
+    assert mixed.hidden is later.hidden
+    assert ran == ["distill: run the base"]
+    others = torch.ones(len(data.tokens), dtype=torch.bool).index_fill_(0, rows, False)
+    assert later.hidden[others].isnan().all()
+    assert later.divergence(student(), data.tokens, rows).isfinite().all()
 
 
 def test_divergence_is_that_of_the_logits(material: Any) -> None:
@@ -264,7 +286,11 @@ def test_what_cannot_be_trained_is_refused(material: Any, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="every domain's weight is 0"):
         distill(student(), data, silent, 0, tmp_path)
     broken = TrainingSet(
-        data.tokens, data.label, Targets(data.targets.hidden * float("nan"), torch.float32), data.train, data.validation
+        data.tokens,
+        data.label,
+        replace(data.targets, answers=BaseAnswers(lambda: data.targets.hidden * float("nan"))),
+        data.train,
+        data.validation,
     )
     with pytest.raises(NumericalError, match="learning_rate"):
         distill(student(), broken, OPTIONS, 0, tmp_path / "nan")
@@ -278,9 +304,7 @@ def test_what_cannot_be_trained_is_refused(material: Any, tmp_path: Path) -> Non
     st.integers(0, 5),
 )
 def test_every_label_gets_its_turns(label: list[str], weights: dict[str, float], length: int, seed: int) -> None:
-    data = TrainingSet(torch.zeros(len(label), 4), label, Targets(torch.zeros(0), torch.float32),
-                       torch.arange(len(label)), torch.arange(0))  # fmt: skip
-    schedule = window_schedule(data, weights, length, seed)
+    schedule = window_schedule(label, torch.arange(len(label)), weights, length, seed)
     shares = Counter(label)
     total = sum(shares[name] * weights.get(name, 1.0) for name in shares)
     for turns in (length // 2, length):

@@ -11,7 +11,9 @@ distillation with hard labels beside the soft ones (Hinton et al. 2015, section 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -25,38 +27,59 @@ _BATCH = 8
 _LOGIT_ELEMENTS = 1 << 24  # logits held at once: 64 MiB of float32
 
 
+class BaseAnswers:
+    """The base's hidden states before the head, float32 (windows, tokens, hidden), made when they are asked for."""
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._run = run
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """Of windows of tokens less the last."""
+        return self._run()
+
+
 @dataclass(frozen=True)
 class Targets:
-    """The base's hidden states before the head, float32 (windows, tokens, hidden), for windows of tokens less the last.
+    """What the base says about windows, and how much of what the text says is mixed into it.
 
-    dtype: of the products that made them, and of those that will be compared with them. text_weight: see the file's
-    header, in [0, 1).
+    dtype: of the products that made the answers, and of those that will be compared with them. text_weight: see the
+    file's header, in [0, 1).
     """
 
-    hidden: Tensor
+    answers: BaseAnswers
     dtype: torch.dtype
     text_weight: float = 0.0
+
+    @classmethod
+    def later(
+        cls,
+        decoder: Decoder,
+        tokens: Tensor,
+        dtype: torch.dtype = torch.float32,
+        progress: Progress | None = None,
+        rows: Tensor | None = None,
+    ) -> Targets:
+        """The base model's answers on windows, int64 (n, t), for which it is run on first use.
+
+        rows: the only windows that will be looked at, int64; the others' answers are not a number. None: all.
+        """
+        some = torch.arange(len(tokens)) if rows is None else rows
+        return cls(BaseAnswers(partial(_run_base, decoder, tokens, some, dtype, progress or Silent())), dtype)
 
     @classmethod
     def of(
         cls, decoder: Decoder, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress | None = None
     ) -> Targets:
-        """Run the base model over windows, int64 (n, t), one block in memory at a time."""
-        seen, shown = tokens[:, :-1], progress or Silent()
-        total = decoder.number_of_blocks
-        with shown.track("distill: run the base", total) as advance, torch.no_grad():
-            hidden = decoder.embed(seen)
-            for index in range(total):
-                block = decoder.load_block(index)
-                for rows in torch.split(torch.arange(len(hidden)), _BATCH):
-                    part = hidden[rows]
-                    with mixed_precision(dtype, decoder.device):
-                        hidden[rows] = decoder.run_block(block, part, decoder.block_inputs(part)[index]).float()
-                decoder.release_block(index)
-                advance(1)
-            for rows in torch.split(torch.arange(len(hidden)), _BATCH):
-                hidden[rows] = decoder.normalised(hidden[rows])
-        return cls(hidden, dtype)
+        """The same for all windows, the base being run at once."""
+        found = cls.later(decoder, tokens, dtype, progress)
+        found.answers.hidden  # noqa: B018
+        return found
+
+    @property
+    def hidden(self) -> Tensor:
+        """See `BaseAnswers`."""
+        return self.answers.hidden
 
     def divergence(self, student: Student, tokens: Tensor, rows: Tensor) -> Tensor:
         """KL(target || student) of the next token, nats, mean over the positions of each window at `rows`: (b,)."""
@@ -128,3 +151,25 @@ class Targets:
         size = max(1, _LOGIT_ELEMENTS // student.vocabulary)
         parts = (torch.split(part.flatten(0, 1), size) for part in (hidden, theirs, following))
         return list(zip(*parts, strict=True))
+
+
+def _run_base(decoder: Decoder, tokens: Tensor, some: Tensor, dtype: torch.dtype, progress: Progress) -> Tensor:
+    """Hidden states before the head of the windows at the rows `some`, one block in memory at a time."""
+    seen, total = tokens[some, :-1], decoder.number_of_blocks
+    with progress.track("distill: run the base", total) as advance, torch.no_grad():
+        hidden = decoder.embed(seen)
+        for index in range(total):
+            block = decoder.load_block(index)
+            for rows in torch.split(torch.arange(len(hidden)), _BATCH):
+                part = hidden[rows]
+                with mixed_precision(dtype, decoder.device):
+                    hidden[rows] = decoder.run_block(block, part, decoder.block_inputs(part)[index]).float()
+            decoder.release_block(index)
+            advance(1)
+        for rows in torch.split(torch.arange(len(hidden)), _BATCH):
+            hidden[rows] = decoder.normalised(hidden[rows])
+    if len(some) == len(tokens):
+        return hidden
+    found = hidden.new_full((len(tokens), *hidden.shape[1:]), float("nan"))
+    found[some] = hidden
+    return found

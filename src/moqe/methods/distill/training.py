@@ -116,7 +116,8 @@ class _Run:
         groups = [{"params": scales, "share": 1.0}] + ([{"params": norms, "share": NORM_RATE}] if norms else [])
         self.adam = torch.optim.Adam(groups, lr=options.learning_rate, betas=BETAS)
         self.weights = {label: weight for label, weight in options.weights.items() if weight is not None}
-        self.schedule = window_schedule(data, self.weights, options.steps * options.batch_windows, seed)
+        length = options.steps * options.batch_windows
+        self.schedule = window_schedule(data.label, data.train, self.weights, length, seed)
         self.step, self.best_step = 0, 0
         self.divergence: dict[int, float] = {}
         self.best: dict[str, Tensor] = {}
@@ -212,16 +213,18 @@ def rate_share(step: int, steps: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def window_schedule(data: TrainingSet, weights: Mapping[str, float], length: int, seed: int) -> Tensor:
-    """Which window each turn takes: int64, (length,).
+def window_schedule(
+    label: Sequence[str], train: Tensor, weights: Mapping[str, float], length: int, seed: int
+) -> Tensor:
+    """Which window each turn takes: int64, (length,). label: of every window. train: the rows there are to choose from.
 
     Labels take turns so that after any number of turns each has had its share, windows times weight, to within one;
     within a label windows come in a seeded order, again and again.
     Raises DataError when every window has the weight zero.
     """
     rows_of: dict[str, list[int]] = {}
-    for row in data.train.tolist():
-        rows_of.setdefault(data.label[row], []).append(row)
+    for row in train.tolist():
+        rows_of.setdefault(label[row], []).append(row)
     names = sorted(rows_of)
     share = np.array([len(rows_of[name]) * weights.get(name, 1.0) for name in names])
     if share.sum() <= 0:
