@@ -32,7 +32,7 @@ from benchmarks.domain_texts import DOMAINS, write_domain_texts
 from benchmarks.language import score
 from benchmarks.specialists_held_out import held_out_routing
 from benchmarks.specialists_memory import memory_curve
-from benchmarks.specialists_runs import keep, read_kept, take_over
+from benchmarks.specialists_runs import KEPT, keep, read_kept, take_over
 from benchmarks.specialists_tables import BEST, GENERALIST, GROUP, LABEL, MATCHED, TEXT, sections
 from benchmarks.tables import write_section
 from moqe.cli import Bars
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--kept", type=Path, default=Path("docs/measurements/specialists"), help="outcomes of all runs")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="outcomes of all runs")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", choices=(*VARIANTS, MATCHED), default="codes")

@@ -19,6 +19,7 @@ from moqe.folder import MixtureFolder
 from moqe.recipe import Expert, Recipe
 from moqe.store import canonical_hash, canonical_json, link, read_json, write_json, write_text
 
+KEPT = Path("docs/measurements/specialists")
 RECIPE, SCORES = "recipe.json", Path("scores") / "parts"
 _DIGITS = 6  # of a window's several hundred nats: a hundred-thousandth of a nat per token
 
