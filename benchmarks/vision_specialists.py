@@ -3,11 +3,12 @@
     python -m benchmarks.vision_specialists --models MODELS --data CIFAR --work FOLDER [--out docs/results.md]
 
 MODELS, CIFAR, FOLDER and the halves of the test split are those of `benchmarks.vision`, whose experts of this network
-are taken or made. The family is fitted to training images alone; half of the test split trains routers and thresholds
-and chooses the best single expert, the other half is reported. Routers are what costs little here, `linear` and `knn`,
-on 64 principal components of the usual features, fitted to three quarters of the router's half: the better one on the
-last quarter is used where it clears the bar of `moqe.router.selection`, and the fallback elsewhere (the generalist of a
-family, else the best single expert).
+are taken where FOLDER has all of them, and made alone otherwise. `--method`, `--share` and `--rounds` describe the
+family, which is fitted to training images alone; half of the test split trains routers and thresholds and chooses the
+best single expert, the other half is reported. Routers are what costs little here, `linear` and `knn`, on 64 principal
+components of the usual features, fitted to three quarters of the router's half: the better one on the last quarter is
+used where it clears the bar of `moqe.router.selection`, and the fallback elsewhere (the generalist of a family, else
+the best single expert).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from moqe.evaluate.format import metric_bounds, metric_difference, metric_differ
 from moqe.evaluate.loss_table import Floats
 from moqe.evaluate.predictions import Predictions
 from moqe.evaluate.significance import Interval, intervals
+from moqe.expert_options import IMAGE_METHODS
 from moqe.models.clusters import clusters
 from moqe.recipe import GENERALIST, Recipe, parse_recipe
 from moqe.router.cascade import fit_guarded_cascade
@@ -86,13 +88,24 @@ def family_recipe(options: argparse.Namespace) -> Recipe:
     family = {
         "by": "cluster",
         "count": COUNT,
-        "method": "qat",
+        "method": options.method,
         "scheme": SCHEMES[BITS],
         "share": options.share,
+        "rounds": options.rounds,
         "own_weight": OWN_WEIGHT,
-        "qat": {"steps": STEPS},
+        options.method: {"steps": STEPS},
     }
     return parse_recipe(content | {"specialists": family})
+
+
+def methods_recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe of experts by other methods: that of `benchmarks.vision` where it was built, else this network's."""
+    whole = make_recipe(options, NETS[-1], BITS)
+    if (options.work / whole.hash).exists():
+        return whole
+    content = make_recipe(options, NET, BITS).to_mapping()
+    wanted = {expert_name(NET, method) for method in METHODS}
+    return parse_recipe(content | {"experts": [each for each in content["experts"] if each["name"] in wanted]})
 
 
 def nearest_clusters(known: Tensor, new: Tensor, seed: int) -> NDArray[np.int64]:
@@ -277,10 +290,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--calibration-samples", type=int, default=1024, help="of the other experts")
+    parser.add_argument("--method", choices=IMAGE_METHODS, default="qat", help="of the family")
     parser.add_argument("--share", choices=("none", "codes"), default="none")
+    parser.add_argument("--rounds", type=int, default=0, help="of alternation")
     options = parser.parse_args()
     console, bars = Console(stderr=True), Bars()
-    others = make_recipe(options, NETS[-1], BITS)
+    others = methods_recipe(options)
     methods = ImageTask(others, options.work / others.hash)
     wanted = tuple(expert_name(NET, method) for method in METHODS)
     recipe = family_recipe(options)
@@ -302,15 +317,19 @@ def main() -> None:
     known, new = (task.features(split, WHOLE).pooled() for split in ("calibration", "test"))
     cluster = nearest_clusters(known, new, recipe.seed)
     lines, reported = measure(scored, principal(known, new), groups, cluster, recipe.seed)
-    title = f"## Specialists on CIFAR-10: {NET}, {BITS}, share: {options.share}"
+    kind = [options.share] + ([options.method] if options.method != "qat" else [])
+    kind += [f"rounds-{options.rounds}"] if options.rounds else []
+    title = f"## Specialists on CIFAR-10: {NET}, {BITS}, {options.method}, share: {options.share}"
+    title += f", {options.rounds} rounds" if options.rounds else ""
     setting = (
-        f"A generalist and {COUNT} specialists by cluster, all qat with {STEPS} updates of 32 on {CALIBRATION:,} "
-        f"training images; specialists see their own {OWN_WEIGHT:g} times as often. Cascades may cost {MAX_COST:g}."
+        f"A generalist and {COUNT} specialists by cluster, all {options.method} with {STEPS} updates of 32 on "
+        f"{CALIBRATION:,} training images; specialists see their own {OWN_WEIGHT:g} times as often. "
+        f"Cascades may cost {MAX_COST:g}."
     )
     content = "\n\n".join(
         [title, setting, describe(lines, reported, recipe), own_ground(scored, family, cluster, recipe)]
     )
-    write_section(options.out, f"vision-specialists-{options.share}", content)
+    write_section(options.out, f"vision-specialists-{'-'.join(kind)}", content)
     console.print(content)
 
 
