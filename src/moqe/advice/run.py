@@ -115,7 +115,7 @@ def advise(
         cuts.append(f"even so it took {clock.used / 60:.1f} of {minutes:g} minutes")
     advice = Advice(
         base=base,
-        sentence=advise_sentence(rows, _unlearnt(schedule) if text_weight else ""),
+        sentence=advise_sentence(rows, _unlearnt(schedule) if any(width.steps for width in widths) else ""),
         pays_by_bandwidth=any(row.pays_by_bandwidth for row in rows),
         pays_by_storage=any(row.pays_by_storage for row in rows),
         rows=rows,
@@ -164,12 +164,11 @@ def advise(
 
 
 def _unlearnt(schedule: Schedule) -> str:
-    """Why specialists that follow a text and gained nothing may yet do so; empty where they had a build's time."""
+    """Why specialists that were trained and gained nothing may yet do so; empty where they had a build's time."""
     if 2 * schedule.own_steps > FULL_OWN:
         return ""
     return (
-        f"what specialists learn of a text comes with the text they see, and they had {schedule.own_steps} steps of "
-        f"{FULL_OWN}"
+        f"what specialists learn comes with the text they see, and they had {schedule.own_steps} steps of {FULL_OWN}"
     )
 
 
