@@ -167,9 +167,7 @@ def _unlearnt(schedule: Schedule) -> str:
     """Why specialists that were trained and gained nothing may yet do so; empty where they had a build's time."""
     if 2 * schedule.own_steps > FULL_OWN:
         return ""
-    return (
-        f"what specialists learn comes with the text they see, and they had {schedule.own_steps} steps of {FULL_OWN}"
-    )
+    return f"what specialists learn comes with the text they see, and they had {schedule.own_steps} steps of {FULL_OWN}"
 
 
 def _checked(

@@ -291,7 +291,7 @@ class Distiller:
             if expert.distill is not None:
                 train, validation = self._rows(expert.distill)
                 length = expert.distill.steps * expert.distill.batch_windows
-                for weights in _candidates(expert.distill).values():
+                for weights in _candidates(expert.distill).values() if len(train) else ():  # `distill` says what lacks
                     schedule = window_schedule(self.samples.domain, train, weights, length, self.recipe.seed)
                     found |= {*schedule.tolist(), *validation.tolist()}
         return torch.tensor(sorted(found))
