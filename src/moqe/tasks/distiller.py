@@ -26,8 +26,7 @@ from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.formats.expert_files import ExpertWriter
 from moqe.method_options import Distill
 from moqe.methods.certificate import significant
-from moqe.methods.distill import Distilled, Student, Targets, TrainingSet, distill, snapshot_path
-from moqe.methods.distill.training import window_schedule
+from moqe.methods.distill import Distilled, Student, Targets, TrainingSet, distill, snapshot_path, window_schedule
 from moqe.models.clusters import telling_tokens
 from moqe.models.decoder import Decoder
 from moqe.models.device import product_dtype

@@ -18,7 +18,7 @@ from moqe.methods.distill.cost import distill_seconds
 from moqe.methods.distill.scales import ScaleForm, scale_form, with_scales
 from moqe.methods.distill.student import Student
 from moqe.methods.distill.targets import Targets
-from moqe.methods.distill.training import Distilled, TrainingSet, distill, snapshot_path
+from moqe.methods.distill.training import Distilled, TrainingSet, distill, snapshot_path, window_schedule
 
 __all__ = [
     "Distilled",
@@ -30,5 +30,6 @@ __all__ = [
     "distill_seconds",
     "scale_form",
     "snapshot_path",
+    "window_schedule",
     "with_scales",
 ]
