@@ -78,14 +78,16 @@ class Recipe(Options):
     """Everything about a mixture. See the class of each section for its options.
 
     `weights`: a state dict for a base that is `package.module:factory` or `timm:<name>`. `runtime`: what computes the
-    losses; `onnx` is for images, `bfloat16` (the reference with products in that type), `packed` and `packed-float32`
-    (low-bit kernels) and `llama.cpp` for texts.
+    losses; `onnx` is for images, `bfloat16` (the reference with products in that type), `packed`, `packed-float32` and
+    `packed-compiled` (low-bit kernels) and `llama.cpp` for texts.
     """
 
     base: str
     weights: str = ""
     task: Literal["language", "image-classification"] = "language"
-    runtime: Literal["reference", "bfloat16", "packed", "packed-float32", "llama.cpp", "onnx"] = "reference"
+    runtime: Literal["reference", "bfloat16", "packed", "packed-float32", "packed-compiled", "llama.cpp", "onnx"] = (
+        "reference"
+    )
     data: Data
     experts: tuple[Expert, ...] = ()
     specialists: Specialists | None = None

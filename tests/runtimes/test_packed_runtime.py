@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from moqe.errors import CheckpointError, DataError, ModelError, NumericalError
+from moqe.errors import CheckpointError, DataError, ModelError, MoqeError, NumericalError
 from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
 from moqe.formats.safetensors_folder import SafetensorsFolder, save_tensors
 from moqe.quantized import IntegerTensor, Quantized
 from moqe.runtimes import scoring
-from moqe.runtimes.packed.decoder import require_supported
+from moqe.runtimes.packed import decoder
+from moqe.runtimes.packed.decoder import compiled_step, require_supported
 from moqe.runtimes.packed.kernel import Choice
-from moqe.runtimes.packed.parts import PackedSkeleton, Together
+from moqe.runtimes.packed.linear import Together
+from moqe.runtimes.packed.parts import PackedSkeleton
 from moqe.runtimes.packed.runtime import PackedRuntime, held_bytes
 from moqe.runtimes.reference import ReferenceRuntime
+from moqe.runtimes.texts import TEXT_RUNTIMES
 from moqe.schemes import Scheme, scheme
 from split_experts import TOKENS, open_skeleton, random_codes, surroundings, write_experts
 
@@ -150,6 +155,34 @@ def packed_steps(runtime: PackedRuntime, tokens: Tensor) -> Tensor:
 def test_steps_give_what_the_whole_text_gives(model: Any) -> None:
     runtime = packed(model, MemoryFiles(model))
     torch.testing.assert_close(packed_steps(runtime, TOKENS[0]), runtime.logits(TOKENS[:1])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("default:.*torch.jit:DeprecationWarning")  # torch's own, where it loads its compiler
+@pytest.mark.parametrize("target", [SCHEMES[1], SCHEMES[4]], ids=["w4a16", "w8a8"])
+def test_compiled_steps_give_what_others_give(model: Any, target: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, counted = compiled_step(), Counter[str]()
+
+    def counting(*arguments: Any) -> None:
+        counted["blocks"] += 1
+        steps(*arguments)
+
+    monkeypatch.setattr(decoder, "compiled_step", lambda: counting)
+    files = MemoryFiles(model, target, kept="k_proj")
+    plain = packed(model, files, BFLOAT16)
+    compiled = PackedRuntime(PackedSkeleton(model, BFLOAT16, Choice(), compiled=True), files)
+    assert (plain.name, compiled.name) == ("packed", "packed-compiled")
+    tokens = TOKENS[0, :12]
+    assert divergence(packed_steps(plain, tokens), packed_steps(compiled, tokens)) < 1e-4
+    assert counted["blocks"] == 2 * 11  # two blocks, eleven steps; the first token chose kernels
+    compiled.generate_batch([TOKENS[0, :9], TOKENS[1, :3]], 4)  # of unequal lengths
+    assert counted["blocks"] == 2 * (11 + 2)  # three steps, of which the first chooses
+
+
+def test_compiling_without_a_compiler_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MoqeError, match="finds no no-such-compiler"):
+        TEXT_RUNTIMES["packed-compiled"](model, "cpu")
 
 
 def test_a_batch_of_unequal_prompts_is_continued_as_each_alone(model: Any) -> None:

@@ -35,7 +35,10 @@ def inspect(
 def bench(
     folder: Dir,
     runtime: Annotated[
-        str | None, typer.Option(help="packed, packed-float32, llama.cpp or onnx; by default what suits each expert.")
+        str | None,
+        typer.Option(
+            help="packed, packed-float32, packed-compiled, llama.cpp or onnx; by default what suits each expert."
+        ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -9,12 +11,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from moqe.errors import MoqeError
 from moqe.formats.expert_files import ExpertFiles
 from moqe.formats.shared_codes import SharedCodes
 from moqe.progress import Progress
 from moqe.runtimes.llamacpp_engine import LlamaCppEngine
 from moqe.runtimes.packed.parts import PackedSkeleton
-from moqe.runtimes.packed.runtime import PRECISIONS, PackedRuntime
+from moqe.runtimes.packed.runtime import COMPILED, PRECISIONS, PackedRuntime
 from moqe.runtimes.reference import ReferenceRuntime
 from moqe.runtimes.runtime import Runtime
 
@@ -48,11 +51,16 @@ class ReferenceEngine:
 class PackedEngine:
     """Experts on the packed runtime, equal codes in memory once. Satisfies `TextEngine`.
 
-    Raises ModelError for a model that the packed runtime cannot run.
+    compiled: whether steps of decoding are. Raises ModelError for a model that the packed runtime cannot run, MoqeError
+    where steps cannot be compiled.
     """
 
-    def __init__(self, precision: torch.dtype, model: nn.Module, device: str = "cpu") -> None:
-        self._skeleton = PackedSkeleton(model, precision)
+    def __init__(
+        self, precision: torch.dtype, model: nn.Module, device: str = "cpu", *, compiled: bool = False
+    ) -> None:
+        if compiled and device == "cpu":
+            require_compiler()
+        self._skeleton = PackedSkeleton(model, precision, compiled=compiled)
 
     def open(
         self, expert: ExpertFiles | None, name: str, progress: Progress | None = None, in_common: bool = False
@@ -61,10 +69,21 @@ class PackedEngine:
         return PackedRuntime(self._skeleton, expert, name=name, progress=progress)
 
 
+def require_compiler() -> None:
+    """Raise MoqeError where torch.compile would find no compiler for the processor."""
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if not any(shutil.which(name) for name in wanted):
+        raise MoqeError(
+            f"the runtime {COMPILED} compiles for this processor and finds no {' or '.join(wanted)}: install a C++ "
+            "compiler, or use packed"
+        )
+
+
 TEXT_RUNTIMES: dict[str, Callable[[nn.Module, str], TextEngine]] = {
     "reference": partial(ReferenceEngine, torch.float32),
     "bfloat16": partial(ReferenceEngine, torch.bfloat16),
     **{name: partial(PackedEngine, precision) for name, precision in PRECISIONS.items()},
+    COMPILED: partial(PackedEngine, PRECISIONS["packed"], compiled=True),
     "llama.cpp": LlamaCppEngine,
 }
 """By the name that stands beside their numbers: (model, device) to an engine."""

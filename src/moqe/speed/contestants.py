@@ -23,12 +23,13 @@ from moqe.formats.open import is_gguf
 from moqe.mixture import ImageMixture, LanguageMixture, load, read_manifest
 from moqe.progress import Progress
 from moqe.runtimes.llamacpp import LlamaCppRuntime
+from moqe.runtimes.packed.runtime import COMPILED
 from moqe.runtimes.runtime import Runtime
 from moqe.speed.timing import Contestant
 
 LLAMA, PACKED, ONNX = "llama.cpp", "packed", "onnx"
 RUNTIMES: dict[str, tuple[str, ...]] = {
-    "language": (PACKED, "packed-float32", LLAMA),
+    "language": (PACKED, "packed-float32", COMPILED, LLAMA),
     "image-classification": (ONNX,),
 }
 """The runtimes that can be measured, by task; without a wish GGUF experts run in llama.cpp and others packed."""

@@ -60,10 +60,10 @@ def bench(
 ) -> Bench:
     """Measure every expert of a mixture, its router and itself, taking turns in one process.
 
-    runtime: `packed`, `packed-float32` or `llama.cpp`, for which integer experts are exported to GGUF; `onnx` for
-    images; by default GGUF experts run in llama.cpp and others packed. prompt_tokens, new_tokens: of a text's request;
-    images have none. requests: measured answers of each. threads: of one answer, by default torch's number. memory:
-    also start a process for each contestant to see what it takes.
+    runtime: `packed`, `packed-float32`, `packed-compiled` or `llama.cpp`, for which integer experts are exported to
+    GGUF; `onnx` for images; by default GGUF experts run in llama.cpp and others packed. prompt_tokens, new_tokens: of a
+    text's request; images have none. requests: measured answers of each. threads: of one answer, by default torch's
+    number. memory: also start a process for each contestant to see what it takes.
     Raises MoqeError for the reference runtime, whose speed says nothing, and for one the task has not; MissingExtra
     without the package of a runtime.
     """

@@ -52,7 +52,7 @@ class Choice:
     def multiply(self, kernels: Kernels, x: Tensor) -> Tensor:
         """x W^T for x, (rows, in), by the fastest candidate."""
         rows = x.shape[0]
-        key = (kernels.kind, kernels.shape, x.device.type, torch.get_num_threads(), rows.bit_length())
+        key = _key(kernels, rows, x.device)
         name = self.fastest.get(key)
         candidates = kernels.candidates(rows)
         if name is None or name not in candidates:
@@ -61,6 +61,10 @@ class Choice:
                 self.fastest[key] = name
             log.debug("%s %s, %d rows: %s", kernels.kind, kernels.shape, rows, name)
         return candidates[name](x)
+
+    def settled(self, kernels: Kernels, rows: int, device: torch.device) -> Multiply | None:
+        """The candidate that is taken for so many rows; None before it was measured."""
+        return kernels.candidates(rows).get(self.fastest.get(_key(kernels, rows, device), ""))
 
     def _fastest(self, candidates: Mapping[str, Multiply], x: Tensor) -> str:
         if len(candidates) == 1:
@@ -77,6 +81,10 @@ class Choice:
                 _wait(x.device)
                 best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
         return min(best, key=lambda name: best[name])
+
+
+def _key(kernels: Kernels, rows: int, device: torch.device) -> tuple[object, ...]:
+    return (kernels.kind, kernels.shape, device.type, torch.get_num_threads(), rows.bit_length())
 
 
 @cache

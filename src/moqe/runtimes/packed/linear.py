@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
@@ -13,7 +14,7 @@ from moqe.runtimes.packed.bag_kernels import BagKernels, bag_table
 from moqe.runtimes.packed.byte_kernels import ByteKernels
 from moqe.runtimes.packed.float_kernels import FloatKernels
 from moqe.runtimes.packed.gpu_kernels import GpuNibbleKernels, GpuUnpackedKernels, fits_gpu, pack_gpu
-from moqe.runtimes.packed.kernel import Choice, Kernels
+from moqe.runtimes.packed.kernel import Choice, Kernels, Multiply
 from moqe.runtimes.packed.tile_kernels import GROUP_SIZES, TileKernels, fits_tiles, pack_tiles
 from moqe.runtimes.packed.weight import GroupedWeight
 
@@ -54,14 +55,43 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out), float32 or bfloat16 as the kernel has it."""
+        return self._around(partial(self.choice.multiply, self.kernels), x)
+
+    def settled(self, rows: int, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        """The same for so many rows, without a choice; None before one was made."""
+        multiply = self.choice.settled(self.kernels, rows, device)
+        return None if multiply is None else partial(self._around, multiply)
+
+    def _around(self, multiply: Multiply, x: Tensor) -> Tensor:
         if not self._rounds:
-            product = self.choice.multiply(self.kernels, x)
+            product = multiply(x)
         else:
             x = x.to(torch.float32)
             scale = x.abs().amax(-1, True).div_(self._half - 0.5).clamp_min_(torch.finfo(torch.float32).tiny)
             codes = (x / scale).clamp_max_(self._half - 1).round_()  # exact in bfloat16 too
-            product = self.choice.multiply(self.kernels, codes).to(torch.float32) * scale
+            product = multiply(codes).to(torch.float32) * scale
         return product if self.bias is None else product + self.bias
+
+
+class Together:
+    """Linears with the same input whose weights cannot be one; their results one after the other, float32."""
+
+    def __init__(self, linears: Sequence[PackedLinear]) -> None:
+        self.linears = tuple(linears)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(rows, in) to (rows, sum of out)."""
+        return _in_turn(self.linears, x)
+
+    def settled(self, rows: int, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        """See `PackedLinear.settled`."""
+        found = [linear.settled(rows, device) for linear in self.linears]
+        ways = tuple(way for way in found if way is not None)
+        return partial(_in_turn, ways) if len(ways) == len(found) else None
+
+
+def _in_turn(linears: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    return torch.cat([linear(x).to(torch.float32) for linear in linears], 1)
 
 
 def pack_kernels(weight: GroupedWeight | Tensor, precision: torch.dtype, packed: PackedCodes) -> Kernels:

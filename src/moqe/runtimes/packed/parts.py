@@ -21,33 +21,25 @@ from moqe.progress import Advance, ignore
 from moqe.runtimes.installation import stored_names
 from moqe.runtimes.packed.decoder import Block, Decoder, Shape, require_supported, rotated_order
 from moqe.runtimes.packed.kernel import Choice, process_choice
-from moqe.runtimes.packed.linear import PackedCodes, PackedLinear, pack_kernels
+from moqe.runtimes.packed.linear import PackedCodes, PackedLinear, Together, pack_kernels
 from moqe.runtimes.packed.weight import GroupedWeight, Key, concatenated, grouped_weight
-
-
-class Together:
-    """Linears with the same input whose weights cannot be one; their results one after the other, float32."""
-
-    def __init__(self, linears: Sequence[PackedLinear]) -> None:
-        self.linears = tuple(linears)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(rows, in) to (rows, sum of out)."""
-        return torch.cat([linear(x).to(torch.float32) for linear in self.linears], 1)
 
 
 class PackedSkeleton:
     """The model around the blocks, and the codes that are packed now: one a mixture, for all its runtimes.
 
     model: a causal language model of transformers; its blocks may lie on the meta device. precision: float32 or
-    bfloat16, see `PackedRuntime`. choice: which kernel is taken for how many rows.
+    bfloat16, see `PackedRuntime`. choice: which kernel is taken for how many rows. compiled: whether steps of decoding
+    are compiled.
     Raises ModelError for a model that the packed decoder does not run.
     """
 
-    def __init__(self, model: nn.Module, precision: torch.dtype, choice: Choice | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, precision: torch.dtype, choice: Choice | None = None, compiled: bool = False
+    ) -> None:
         self.model: Any = model
         require_supported(self.model.config)
-        self.precision, self.codes = precision, PackedCodes()
+        self.precision, self.compiled, self.codes = precision, compiled, PackedCodes()
         self.choice = choice or process_choice()
         self.shape = Shape.of(self.model.config)
         self._lock = threading.Lock()
@@ -91,7 +83,7 @@ class PackedParts:
         paths = {id(module): path for path, module in model.named_modules()}
         body = model.get_decoder()
         norm = self._floats(f"{paths[id(body.norm)]}.weight")
-        self.decoder = Decoder(skeleton.shape, made, norm, body.rotary_emb, precision)
+        self.decoder = Decoder(skeleton.shape, made, norm, body.rotary_emb, precision, skeleton.compiled)
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         self.embedding = self._floats(f"{paths[id(inputs)]}.weight")
         tied = outputs.weight is inputs.weight
