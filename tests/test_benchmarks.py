@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from benchmarks.advice import prediction_path
 from benchmarks.advice import section as advice_section
 from benchmarks.interleaved import Spread, pairwise, ratios, seconds_per_round
+from benchmarks.latency_language import open_contestant
+from benchmarks.own_process import RuntimeProcess
 from benchmarks.specialists_runs import keep, read_kept, take_over
 from benchmarks.specialists_tables import BEST, GENERALIST, LABEL, MIXTURE, claim, pooled, section, sections
 from benchmarks.tables import write_section
 
+from moqe.bundled import bundled_model
+from moqe.models.decoder import Decoder
 from moqe.recipe import Recipe, parse_recipe
+from moqe.runtimes.reference import ReferenceRuntime
 from moqe.store import write_json
 
 PROTOCOL = "prefix-64"
@@ -68,6 +75,20 @@ def test_contestants_take_turns_in_both_directions() -> None:
     seconds = seconds_per_round({name: lambda name=name: called.append(name) for name in "ab"}, 2, 0.0)  # type: ignore[misc]
     assert "".join(called) == "aabb" + "ab" + "ba"
     assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_contestant_answers_from_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    base, prompt = bundled_model("tiny-qwen3"), torch.arange(5, 12)[None]
+    expected = ReferenceRuntime(Decoder.open(str(base)).full()).generate(prompt, 6)
+    with RuntimeProcess(partial(open_contestant, "float32", base, base), threads=1) as process:
+        assert process.generate(prompt, 6) == expected
+        assert process.generate(prompt, 2) == expected[:2]
+    with (
+        RuntimeProcess(partial(open_contestant, "float32", base / "absent", base), threads=1) as process,
+        pytest.raises(RuntimeError, match="ended without an answer"),
+    ):
+        process.generate(prompt, 1)
+    assert "absent" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
