@@ -18,7 +18,8 @@ from moqe.formats.safetensors_folder import SafetensorsFolder, save_tensors
 from moqe.quantized import IntegerTensor, Quantized
 from moqe.runtimes import scoring
 from moqe.runtimes.packed import decoder
-from moqe.runtimes.packed.decoder import compiled_step, require_supported
+from moqe.runtimes.packed.block import compiled_step
+from moqe.runtimes.packed.decoder import require_supported
 from moqe.runtimes.packed.kernel import Choice
 from moqe.runtimes.packed.linear import Together
 from moqe.runtimes.packed.parts import PackedSkeleton

@@ -19,7 +19,8 @@ from moqe.formats.shared_codes import SharedCodes, identity
 from moqe.models.skeleton import find_blocks
 from moqe.progress import Advance, ignore
 from moqe.runtimes.installation import stored_names
-from moqe.runtimes.packed.decoder import Block, Decoder, Shape, require_supported, rotated_order
+from moqe.runtimes.packed.block import Block, Shape, rotated_order
+from moqe.runtimes.packed.decoder import Decoder, require_supported
 from moqe.runtimes.packed.kernel import Choice, process_choice
 from moqe.runtimes.packed.linear import PackedCodes, PackedLinear, Together, pack_kernels
 from moqe.runtimes.packed.weight import GroupedWeight, Key, concatenated, grouped_weight
