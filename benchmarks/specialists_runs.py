@@ -5,7 +5,7 @@ written from these alone, so seeds may be run on different days and machines, an
 again without a model.
 
 Taken over are files of another run in the same folder, by link: the losses of the base where the windows are the same,
-and experts, their training and their losses where whatever decides about them is the same as well.
+and codes, training, experts and their losses where whatever decides about each of them is the same as well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from moqe.store import canonical_hash, canonical_json, link, read_json, write_js
 
 KEPT = Path("docs/measurements/specialists")
 RECIPE, SCORES = "recipe.json", Path("scores") / "parts"
+CODES, TRAINED = "codes", "trained"  # stages of an expert
 _DIGITS = 6  # of a window's several hundred nats: a hundred-thousandth of a nat per token
 
 
@@ -46,40 +47,54 @@ def take_over(recipe: Recipe, folder: Path, work: Path) -> list[str]:
     write_json(folder / RECIPE, {"recipe": recipe.model_dump(mode="json"), "facts": _facts(recipe)})
     found = []
     for other in sorted(path.parent for path in work.glob(f"*/*/{RECIPE}")):
-        facts = read_json(other / RECIPE)["facts"]
-        if other == folder or facts["samples"] != _facts(recipe)["samples"]:
+        facts, ours = read_json(other / RECIPE)["facts"], _facts(recipe)
+        if other == folder or facts["samples"] != ours["samples"]:
             continue
         found += [f"losses of {BASE}"] if _link_scores(other, folder, BASE) else []
         for expert in recipe.experts:
-            if facts["experts"].get(expert.name) == _facts(recipe)["experts"][expert.name]:
-                found += _take_expert(expert, other, folder)
+            theirs, own = facts["experts"].get(expert.name, {}), ours["experts"][expert.name]
+            same = {stage for stage, digest in own.items() if theirs.get(stage) == digest}
+            found += _take_expert(expert, same, other, folder)
     return found
 
 
-def _take_expert(expert: Expert, other: Path, folder: Path) -> list[str]:
-    """What of an expert that is the same in both runs was linked."""
+def _take_expert(expert: Expert, same: set[str], other: Path, folder: Path) -> list[str]:
+    """What of an expert that is the same in both runs was linked. same: stages that are."""
     here, there, found = MixtureFolder(folder), MixtureFolder(other), list[str]()
-    records = Path("records") / expert.name
-    places = (records, Path("quantized") / expert.name, Path("distill") / expert.name / "round-0")
+    stages = {
+        Path("records") / expert.name: CODES,
+        Path("quantized") / expert.name: CODES,
+        Path("distill") / expert.name / "round-0": TRAINED,
+    }
+    places = [place for place, stage in stages.items() if stage in same]
     found += [f"{name.parts[0]} of {expert.name}" for name in places if _link_all(there.work / name, here.work / name)]
     # What was trained may have been changed after the first round, and some scales left out: that is made here.
-    if expert.distill is None and there.certificate(expert.name).exists():
+    whole = there.certificate(expert.name).exists() and (CODES if expert.distill is None else TRAINED) in same
+    if whole and expert.distill is None:
         _link_all(there.expert(expert.name), here.expert(expert.name))
         found += [expert.name]
         _link_all(there.shared, here.shared)
-    if (expert.distill is None or expert.name == GENERALIST) and there.certificate(expert.name).exists():
+    if whole and (expert.distill is None or expert.name == GENERALIST):
         found += [f"losses of {expert.name}"] if _link_scores(other, folder, expert.name) else []
     return found
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
-    """What decides about windows and about each expert, as digests."""
+    """What decides about windows and about each stage of each expert, as digests.
+
+    Codes do not depend on whether windows are told apart by domain or by cluster, but for the order of sums, unless
+    statistics weigh them; training does, which takes turns among them.
+    """
     samples = recipe.model_dump(mode="json", include={"base", "data", "runtime", "seed", "protocol"})
     by = recipe.specialists.by if recipe.specialists is not None else "domain"
-    experts = {
-        expert.name: canonical_hash([expert.model_dump(mode="json"), by, recipe.calibration_windows])
-        for expert in recipe.experts
-    }
+    experts = {}
+    for expert in recipe.experts:
+        content, windows = expert.model_dump(mode="json"), recipe.calibration_windows
+        codes = {key: value for key, value in content.items() if key != "distill"}
+        experts[expert.name] = {
+            CODES: canonical_hash([codes, by if expert.calibration else "", windows]),
+            TRAINED: canonical_hash([content, by, windows]),
+        }
     return {"samples": canonical_hash(samples), "experts": experts}
 
 

@@ -190,11 +190,8 @@ def test_a_run_takes_over_what_is_the_same(tmp_path: Path) -> None:
     assert take_over(recipe(), first, tmp_path) == []
     always = {"scores/parts/base-test-00000.parquet"}
     plain = {"experts/gptq/certificate.json", "scores/parts/gptq-test-00000.parquet", "shared/config.json"}
-    general = {
-        ".work/quantized/generalist/a",
-        ".work/records/generalist/b",
-        "scores/parts/generalist-test-00000.parquet",
-    }
+    codes = {".work/quantized/generalist/a", ".work/records/generalist/b"}
+    general = codes | {"scores/parts/generalist-test-00000.parquet"}
     trained = {".work/distill/for-a/round-0/own-4/training.safetensors"}
     mine = {
         "experts/generalist/certificate.json",
@@ -208,7 +205,8 @@ def test_a_run_takes_over_what_is_the_same(tmp_path: Path) -> None:
     cases = {
         "rounds": (recipe(specialists={"rounds": 2}), always | plain | general | trained),
         "weights": (recipe(specialists={"own_weight": 8.0}), always | plain | general),
-        "clusters": (recipe(specialists={"by": "cluster", "count": 2}), always),
+        "steps": (recipe(specialists={"distill": {"steps": 9}}), always | plain | codes),
+        "clusters": (recipe(specialists={"by": "cluster", "count": 2}), always | plain | codes),
         "seed": (recipe(seed=1), set()),
     }
     for name, (changed, expected) in cases.items():
