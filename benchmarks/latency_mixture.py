@@ -11,6 +11,7 @@ experts hold; it prints a number.
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import time
@@ -91,13 +92,13 @@ def measure(
 
 
 def _times(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every call in every round by either clock; the order turns from round to round."""
+    """Seconds of every call in every round by either clock; the order is drawn for every round."""
     found: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in calls} for clock in _CLOCKS}
     for call in calls.values():
         call()  # caches, pages, thread pools
-    names = list(calls)
-    for turn in range(ROUNDS):
-        for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+    order = random.Random(0)
+    for _ in range(ROUNDS):
+        for name in order.sample(list(calls), len(calls)):
             before = {clock: read() for clock, read in _CLOCKS.items()}
             calls[name]()
             for clock, read in _CLOCKS.items():
