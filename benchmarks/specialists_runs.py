@@ -52,8 +52,8 @@ def take_over(recipe: Recipe, folder: Path, work: Path) -> list[str]:
             continue
         found += [f"losses of {BASE}"] if _link_scores(other, folder, BASE) else []
         for expert in recipe.experts:
-            theirs, own = facts["experts"].get(expert.name, {}), ours["experts"][expert.name]
-            same = {stage for stage, digest in own.items() if theirs.get(stage) == digest}
+            names = {stage: f"{expert.name}, {stage}" for stage in (CODES, TRAINED)}
+            same = {s for s, name in names.items() if facts["experts"].get(name) == ours["experts"][name]}
             found += _take_expert(expert, same, other, folder)
     return found
 
@@ -91,10 +91,8 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
     for expert in recipe.experts:
         content, windows = expert.model_dump(mode="json"), recipe.calibration_windows
         codes = {key: value for key, value in content.items() if key != "distill"}
-        experts[expert.name] = {
-            CODES: canonical_hash([codes, by if expert.calibration else "", windows]),
-            TRAINED: canonical_hash([content, by, windows]),
-        }
+        experts[f"{expert.name}, {CODES}"] = canonical_hash([codes, by if expert.calibration else "", windows])
+        experts[f"{expert.name}, {TRAINED}"] = canonical_hash([content, by, windows])
     return {"samples": canonical_hash(samples), "experts": experts}
 
 
