@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -70,12 +71,12 @@ class PackedEngine:
 
 
 def require_compiler() -> None:
-    """Raise MoqeError where torch.compile would find no compiler for the processor."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if not any(shutil.which(name) for name in wanted):
+    """Raise MoqeError where torch.compile would find no compiler for the processor: it looks for one name only."""
+    wanted = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(wanted):
         raise MoqeError(
-            f"the runtime {COMPILED} compiles for this processor and finds no {' or '.join(wanted)}: install a C++ "
-            "compiler, or use packed"
+            f"the runtime {COMPILED} compiles for this processor and finds no {wanted}: install a C++ compiler, name "
+            "one in the environment variable CXX, or use packed"
         )
 
 
