@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.interleaved import Spread, pairwise, ratios, seconds_per_round
+from benchmarks.interleaved import Spread, pairwise, seconds_per_round
 from benchmarks.language_models import build_mixture, write_bfloat16
 from benchmarks.tables import table
 from moqe.formats import open_expert
@@ -35,7 +35,7 @@ from moqe.speed.machine import machine
 from moqe.speed.memory import resident_bytes
 
 PROMPT, NEW, COLD_PROMPT = 256, 64, 64
-ROUNDS, COLD_ROUNDS = 31, 9  # one call each a round: what choosing adds is less than the noise of a few rounds
+ROUNDS, COLD_ROUNDS = 31, 21  # one call each a round: what choosing adds is less than the noise of a few rounds
 _CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
@@ -65,10 +65,12 @@ def measure(
 
     times = _times({"mixture": lambda: mixture.generate(prompt, max_new_tokens=NEW), "expert": alone, "again": alone})
     router = seconds_per_round({"router": lambda: mixture.route(prompt)}, rounds, seconds_per_turn)["router"]
-    cold: dict[str, list[float]] = {"mixture": [], "expert": []}
+    starts: dict[str, list[str]] = {"mixture": [], "expert": [chosen]}
+    cold: dict[str, list[float]] = {name: [] for name in starts}
+    order = random.Random(0)
     for _ in range(COLD_ROUNDS):
-        cold["mixture"].append(_process("cold", place, threads, []))
-        cold["expert"].append(_process("cold", place, threads, [chosen]))
+        for name in order.sample(list(starts), len(starts)):
+            cold[name].append(_process("cold", place, threads, starts[name]))
     experts = list(mixture.experts)
     four, one = (_process("memory", place, threads, names) for names in (experts, experts[:1]))
     expert_seconds = Spread.of(times["wall"]["expert"]).median
@@ -85,7 +87,7 @@ def measure(
         "router_milliseconds": asdict(Spread.of([1e3 * s for s in router])),
         "router_over_expert": asdict(Spread.of([s / expert_seconds for s in router])),
         "cold_seconds": {name: asdict(Spread.of(found)) for name, found in cold.items()},
-        "cold_mixture_over_expert": asdict(ratios(cold["mixture"], cold["expert"])),
+        "cold_mixture_over_expert": asdict(Spread.of_median(pairwise(cold["mixture"], cold["expert"]))),
         "resident_bytes": {"four": four, "one": one},
         "four_over_four_times_one": four / (4 * one),
     }
@@ -128,7 +130,14 @@ def report(found: dict[str, Any]) -> str:
         ["expert, s", Spread(**found["expert_seconds"]).text()],
         ["router, ms", Spread(**found["router_milliseconds"]).text(2)],
         ["router / expert", Spread(**found["router_over_expert"]).text(4)],
-        ["first answer, new process: mixture / one expert", Spread(**found["cold_mixture_over_expert"]).text()],
+        *(
+            [f"first answer, new process: {name}, s", Spread(**found["cold_seconds"][name]).text()]
+            for name in ("expert", "mixture")
+        ),
+        [
+            f"the same, mixture / expert, median of {COLD_ROUNDS} pairs [95 %]",
+            Spread(**found["cold_mixture_over_expert"]).interval(),
+        ],
         ["resident memory, four experts, MiB", f"{found['resident_bytes']['four'] / mib:.0f}"],
         ["resident memory, one expert, MiB", f"{found['resident_bytes']['one'] / mib:.0f}"],
         ["four experts / 4 x one", f"{found['four_over_four_times_one']:.2f}"],

@@ -188,6 +188,15 @@ def test_damage_in_what_experts_share_is_noticed(built: Path, tmp_path: Path, ru
         assert (code, "model-shared.safetensors is damaged" in said) == (2, True), said
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_damage_is_told_before_what_it_led_to(name: str, built: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(built, folder)
+    (folder / "shared" / name).write_text("{")
+    code, said = run("route", folder, "the river")
+    assert (code, f"{name} is damaged" in said) == (2, True), said
+
+
 def damaged(path: Path, key: str, value: object) -> None:
     """Replace a value of a JSON file, named as `a.b`, or the whole content where the key is empty; None removes it."""
     content = json.loads(path.read_text())

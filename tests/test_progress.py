@@ -93,3 +93,14 @@ def test_digests_count_what_they_read(size: int, tmp_path: Path) -> None:
     assert digests == [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in "ab"]
     assert digest_file(tmp_path / "a") == digests[0]
     assert shown.finished()
+
+
+def test_digests_of_many_files_come_in_their_order(tmp_path: Path) -> None:
+    import hashlib
+
+    paths = [tmp_path / f"{index}" for index in range(24)]
+    for index, path in enumerate(paths):
+        path.write_bytes(bytes([index]) * ((index * 7 % 5) * (1 << 19) + index))
+    shown = Recorded()
+    assert digest_files(paths, "digest", shown) == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert shown.finished()

@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from moqe.progress import Advance, Progress, ignore
 
 PARTIAL = ".partial"
 _MEBIBYTE = 1 << 20
+_READERS = 4  # files read and hashed at a time
 
 
 def digest_bytes(data: bytes) -> str:
@@ -33,17 +36,28 @@ def digest_bytes(data: bytes) -> str:
 def digest_file(path: Path, advance: Advance = ignore) -> str:
     """SHA-256 of a file's content, hexadecimal; `advance` is told of every MiB, a last part of one included."""
     state = hashlib.sha256()
+    part = memoryview(bytearray(_MEBIBYTE))
     with path.open("rb", buffering=0) as handle:
-        while part := handle.read(_MEBIBYTE):
-            state.update(part)
+        while length := handle.readinto(part):
+            state.update(part[:length])
             advance(1)
     return state.hexdigest()
 
 
 def digest_files(paths: Sequence[Path], what: str, progress: Progress) -> list[str]:
-    """SHA-256 of several files, in their order; shown as `what`, in MiB."""
+    """SHA-256 of several files, in their order, several at a time; shown as `what`, in MiB."""
+    turn = threading.Lock()
     with progress.track(f"{what} (MiB)", sum(-(-path.stat().st_size // _MEBIBYTE) for path in paths)) as advance:
-        return [digest_file(path, advance) for path in paths]
+
+        def one(path: Path) -> str:
+            def in_turn(steps: int) -> None:
+                with turn:
+                    advance(steps)
+
+            return digest_file(path, in_turn)
+
+        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as readers:  # hashing leaves Python's lock alone
+            return list(readers.map(one, paths))
 
 
 def canonical_json(value: Any) -> str:

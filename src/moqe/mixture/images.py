@@ -71,8 +71,10 @@ class ImageMixture(Mixture):
         if runtime not in (None, "onnx"):
             raise MoqeError(f"a mixture for images runs in onnx, not in {runtime!r}: leave the runtime out")
         super().__init__(folder, device, progress)
-        self._shared: ImageShared = read_image_shared(self.folder.shared)
         self._runtimes: dict[str, OnnxRuntime] = {}
+
+    def _read_shared(self) -> None:
+        self._shared: ImageShared = read_image_shared(self.folder.shared)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -70,9 +70,12 @@ class LanguageMixture(Mixture):
         if engine not in TEXT_RUNTIMES:
             raise MoqeError(f"no runtime {engine!r} for texts; {did_you_mean(engine, TEXT_RUNTIMES)}")
         super().__init__(folder, device, progress)
-        self._shared: SharedParts = open_shared(self.folder.shared, self.folder.shared / SHARED_TENSORS, device)
         self._runtimes: dict[str, Runtime] = {}
         self._engine = TEXT_RUNTIMES[engine](self._shared.model, device)
+
+    def _read_shared(self) -> None:
+        shared = self.folder.shared
+        self._shared: SharedParts = open_shared(shared, shared / SHARED_TENSORS, self.device)
 
     @property
     def tokenizer(self) -> Any:

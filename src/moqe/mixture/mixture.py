@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from moqe.errors import CheckpointError, MoqeError, did_you_mean
 from moqe.folder import MixtureFolder
-from moqe.mixture.manifest import read_manifest, verify_files, within
+from moqe.mixture.manifest import read_manifest, verify_files, verifying, within
 from moqe.progress import Progress, Silent
 from moqe.recipe import Recipe, load_recipe
 from moqe.router import Features, load_router, novelty_of
@@ -50,12 +50,17 @@ class Mixture:
         self.folder = MixtureFolder(Path(folder))
         self.manifest = read_manifest(self.folder)
         self._progress = progress or Silent()
-        verify_files(within(self.folder.shared, self.manifest["shared"]), self._progress)
         self.recipe: Recipe = load_recipe(self.folder.recipe)
         self.device = device
         self.experts: tuple[str, ...] = tuple(self.manifest["experts"])
         self.protocol: str = self.manifest["protocols"][0]
         self._routers: dict[str, Router] = {}
+        with verifying(within(self.folder.shared, self.manifest["shared"]), self._progress):
+            self._read_shared()
+
+    def _read_shared(self) -> None:
+        """Read what all experts share."""
+        raise NotImplementedError
 
     def route(self, sample: Any, protocol: str | None = None) -> Decision:
         """Choose an expert for an input."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from moqe.errors import ModelError
+from moqe.models.valueless import Valueless
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -21,7 +21,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(folder)
-        with _ParametersOnMeta():
+        with Valueless():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()
@@ -78,18 +78,3 @@ def release(module: nn.Module, recurse: bool = True) -> None:
     for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
         if not parameter.is_meta:
             assign(module, name, torch.empty_like(parameter, device="meta"))
-
-
-class _ParametersOnMeta(TorchFunctionMode):
-    """Uninitialised tensors, which is what large parameters are made from, go to the meta device.
-
-    `torch.device("meta")` would also swallow computed buffers such as rotary frequencies, which no file holds.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        options = dict(kwargs or {})
-        if func is torch.empty:
-            options["device"] = "meta"
-        return func(*args, **options)

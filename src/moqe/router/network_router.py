@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moqe.errors import CheckpointError, did_you_mean
+from moqe.models.valueless import Valueless
 from moqe.router.features import Features
 from moqe.router.image_network import ImageNetwork
 from moqe.router.mlp_network import MlpNetwork
@@ -69,9 +70,10 @@ class NetworkRouter:
         saved = options["network"]
         if saved["kind"] not in NETWORKS:
             raise CheckpointError(f"unknown router network {saved['kind']!r}; {did_you_mean(saved['kind'], NETWORKS)}")
-        with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's stream stays untouched
+        with Valueless():
             network = NETWORKS[saved["kind"]](**saved["options"])
         prefix = "network."
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        network.load_state_dict(state, assign=True)
         network.eval()
         return cls(network, tensors["bias"], options["scale"], options["name"], options["unit"])

@@ -86,7 +86,7 @@ class TileKernels:
 
 def pack_tiles(codes: Tensor) -> Tensor:
     """Signed codes of at most 4 bits, int8 (out, in), in the kernel's tiles: uint8, (out, in / 2)."""
-    tiles: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 2)
+    tiles: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(8), 2)
     return tiles
 
 
