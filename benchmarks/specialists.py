@@ -135,7 +135,7 @@ def measure(recipe: Recipe, folder: Path, seed: int, bars: Bars) -> None:
     for protocol in task.protocols:
         test = read_losses(losses, "test", protocol, task.metric)
         facts = {
-            "document": [f"{seed}:{name}" for name in test.document],
+            "document": test.document.tolist(),
             "domain": test.domain.tolist(),
             "count": test.count.tolist(),
             "ways": {name: test.loss[:, column].tolist() for column, name in enumerate(names)},

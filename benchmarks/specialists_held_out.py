@@ -60,6 +60,6 @@ def held_out_routing(task: LanguageTask, losses: Path, protocol: str, seed: int)
                 "loss": (test.chosen(choice) - test.loss[:, generalist]).tolist(),
                 "generalist": float((choice == generalist).mean()),
             }
-        document = [f"{seed}:{name}" for name in test.document]
+        document = test.document.tolist()
         found[domain] = {"routers": routers, "count": test.count.tolist(), "document": document}
     return found

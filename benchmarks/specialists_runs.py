@@ -86,7 +86,9 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
     statistics weigh them; training does, which takes turns among them.
     """
     samples = recipe.model_dump(mode="json", include={"base", "data", "runtime", "seed", "protocol"})
-    by = recipe.specialists.by if recipe.specialists is not None else "domain"
+    by = "domain"
+    if recipe.specialists is not None and recipe.specialists.by == "cluster":
+        by = f"cluster of {recipe.specialists.count}"
     experts = {}
     for expert in recipe.experts:
         content, windows = expert.model_dump(mode="json"), recipe.calibration_windows

@@ -12,6 +12,7 @@ from benchmarks.tables import table
 from moqe.data.protocols import WHOLE
 from moqe.evaluate import BASE, intervals
 from moqe.evaluate.format import number, signed_interval
+from moqe.store import canonical_json
 
 GENERALIST, LABEL, BEST, MIXTURE = "generalist", "domain label", "best single", "router mixture"
 GROUP = 64
@@ -42,13 +43,27 @@ def sections(found: Mapping[str, list[Outcomes]]) -> dict[str, str]:
     return written
 
 
+def conditions(runs: list[Outcomes]) -> str:
+    """What the runs were made with, in words. Raises SystemExit where that differs: their seeds are not one sample."""
+    stated = {canonical_json(one["conditions"]): one for one in runs}
+    if len(stated) > 1:
+        seeds = ", ".join(str(one["seed"]) for one in stated.values())
+        raise SystemExit(f"seeds {seeds} were run with different options: {' | '.join(stated)}: run them alike")
+    (one,) = stated.values()
+    found = {key: value for key, value in one["conditions"].items() if value is not None}
+    named = {key: ", ".join(value) if isinstance(value, list) else str(value) for key, value in found.items()}
+    return "Options: " + "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(named.items())) + "."
+
+
 def _match(runs: list[Outcomes], others: list[Outcomes], expert: str, line: str, *, of_more_bits: bool = False) -> None:
     """Add a line for a single expert of other runs, where these had the same test windows."""
     for run in runs:
         for other in others:
             for protocol, mine in run["protocols"].items():
                 theirs = other["protocols"][protocol]
-                if (mine["document"], mine["count"]) == (theirs["document"], theirs["count"]):
+                scored_by = {one["conditions"]["runtime"] for one in (run, other)}
+                same = (mine["document"], mine["count"]) == (theirs["document"], theirs["count"])
+                if same and len(scored_by) == 1:
                     mine["ways"][line] = theirs["ways"][expert]
                     if of_more_bits:
                         run["more bytes"] = other["bytes"]["one"]
@@ -70,6 +85,7 @@ def pooled(found: list[Outcomes], protocol: str) -> tuple[dict[str, NDArray[np.f
 def section(bits: int, variant: str, found: list[Outcomes], hold_out: str) -> str:
     """The tables of one width and variant, pooled over its seeds."""
     text = [f"### {bits} bits, group {GROUP}, specialists: {variant}" + (f", without {hold_out}" if hold_out else "")]
+    text.append(conditions(found))
     for protocol in found[0]["protocols"]:
         ways, document, count, domain = pooled(found, protocol)
         text.append(claim(ways, document, count, bits))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tests.conftest import WORDS
@@ -153,6 +155,26 @@ def test_one_domain_is_told_apart_by_clusters_and_a_seed_repeats_itself(loud_bas
     assert replace(first, seconds={}) == replace(second, seconds={})
 
 
+def test_a_label_that_no_scored_window_has_gets_no_specialist(
+    loud_base: Path, domains: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small cluster may be in the calibration windows alone."""
+    from moqe.advice import run
+
+    read = run.read_samples
+
+    def lonely(*arguments: Any) -> Any:
+        found = read(*arguments)
+        label = ("lonely", *found.calibration.domain[1:])
+        return replace(found, calibration=replace(found.calibration, domain=label))
+
+    monkeypatch.setattr(run, "read_samples", lonely)
+    monkeypatch.setattr(run, "routed_labels", lambda samples, tokens, embedding: np.array(["code"] * len(tokens)))
+    advice = moqe.advise(str(loud_base), domains, bits=[2], experts=[5], window=24, steps=2)
+    assert any("2 bits: 2 of 3 specialists" in cut for cut in advice.cut)
+    assert all(math.isfinite(row.gain.value) for row in advice.rows)
+
+
 def test_what_time_left_no_room_for_is_left_out_and_said(
     loud_base: Path, domains: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +183,7 @@ def test_what_time_left_no_room_for_is_left_out_and_said(
     monkeypatch.setattr("moqe.advice.budget.LADDER", ((4, 2),))
     advice = moqe.advise(str(loud_base), domains, bits=[2, 3], experts=[2, 3], window=24)
     assert [row.bits for row in advice.rows] == [3, 3]
-    assert "3 bits: 1 of 2 specialists, time was up" in advice.cut
+    assert "3 bits: 1 of 2 specialists, time was up or no text that was looked at was theirs" in advice.cut
     assert "2 bits: not measured, time was up" in advice.cut
     assert any("a build takes" in cut for cut in advice.cut)
     assert "experts" in advice.rows[1].extrapolated

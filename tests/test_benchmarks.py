@@ -42,7 +42,7 @@ def outcome(seed: int, mixture_gain: float, label_gain: float) -> dict[str, Any]
         LABEL: general - 50 * label_gain,
     }
     facts = {
-        "document": [f"{seed}:{window // 2}" for window in range(WINDOWS)],
+        "document": [f"{seed // 2}:{window // 2}" for window in range(WINDOWS)],  # seeds 0 and 1 share theirs
         "domain": ["code", "mail"] * (WINDOWS // 2),
         "count": [50] * WINDOWS,
         "ways": {name: values.tolist() for name, values in ways.items()},
@@ -50,6 +50,7 @@ def outcome(seed: int, mixture_gain: float, label_gain: float) -> dict[str, Any]
     }
     return {
         "seed": seed,
+        "conditions": {"runtime": "bfloat16", "steps": 64, "specialists": ["code", "mail"]},
         "bytes": {"one": 100, "family": 108},
         "made": {},
         "protocols": {"prefix-64": facts, "whole": facts},
@@ -104,16 +105,27 @@ def test_the_claim_says_what_the_numbers_say(gain: float, said: str) -> None:
     assert claim(ways, document, count, 4).startswith(said)
 
 
-def test_seeds_are_pooled_and_their_documents_kept_apart() -> None:
+def test_seeds_are_pooled_and_a_document_of_both_is_one() -> None:
     runs = [outcome(0, 0.01, 0.02), outcome(1, 0.03, 0.02)]
     ways, document, count, domain = pooled(runs, PROTOCOL)
     assert len(document) == len(count) == len(domain) == 2 * WINDOWS
-    assert len(set(document)) == WINDOWS
+    assert len(set(document)) == WINDOWS / 2
     assert claim(ways, document, count, 4).startswith("The mixture wins: +0.0200")
     text = section(4, "codes", runs, "")
     assert f"{2 * WINDOWS} windows, 2 seeds" in text
     assert "1.080 times the bytes of one expert" in text
     assert "nats against gptq, 50 % of its loss against the base" in text
+
+
+def test_runs_made_otherwise_are_not_pooled_or_paired() -> None:
+    runs = [outcome(0, 0.01, 0.02), outcome(1, 0.03, 0.02)]
+    assert "Options: runtime bfloat16; specialists code, mail; steps 64." in section(4, "codes", runs, "")
+    runs[1]["conditions"] |= {"steps": 120}
+    with pytest.raises(SystemExit, match="seeds 0, 1 were run with different options"):
+        section(4, "codes", runs, "")
+    plain, clusters = outcome(0, 0.02, 0.03), outcome(0, 0.01, 0.02)
+    plain["conditions"] |= {"runtime": "reference"}
+    assert "specialists: text |" not in sections({"4-text": [plain], "4-text+clusters": [clusters]})["4-text+clusters"]
 
 
 def test_what_clusters_and_rounds_did_is_listed() -> None:
@@ -131,7 +143,7 @@ def test_what_clusters_and_rounds_did_is_listed() -> None:
 
 def test_variants_stand_beside_specialists_by_domain_on_the_same_windows() -> None:
     plain, clusters = outcome(0, 0.02, 0.03), outcome(0, 0.01, 0.02)
-    other = outcome(1, 0.01, 0.02)  # of other windows
+    other = outcome(2, 0.01, 0.02)  # of other windows
     found = sections({"4-text": [plain], "4-text+clusters": [clusters], "4-text+none": [other]})
     assert "router mixture, specialists: text" in found["4-text+clusters"]
     assert "domain label, specialists: text" in found["4-text+clusters"]
@@ -207,6 +219,7 @@ def test_a_run_takes_over_what_is_the_same(tmp_path: Path) -> None:
         "weights": (recipe(specialists={"own_weight": 8.0}), always | plain | general),
         "steps": (recipe(specialists={"distill": {"steps": 9}}), always | plain | codes),
         "clusters": (recipe(specialists={"by": "cluster", "count": 2}), always | plain | codes),
+        "more clusters": (recipe(specialists={"by": "cluster", "count": 3}), always | plain | codes),
         "seed": (recipe(seed=1), set()),
     }
     for name, (changed, expected) in cases.items():
@@ -214,6 +227,9 @@ def test_a_run_takes_over_what_is_the_same(tmp_path: Path) -> None:
         said = take_over(changed, folder, tmp_path)
         assert written(folder) == expected, name
         assert bool(said) == bool(expected)
+        if name == "clusters":  # what two clusters were trained for is of no use to three
+            (folder / ".work/distill/for-cluster-1/round-0").mkdir(parents=True)
+            (folder / ".work/distill/for-cluster-1/round-0/clusters").write_text(name)
     assert (tmp_path / "4-other" / "rounds" / "shared" / "config.json").samefile(first / "shared" / "config.json")
 
 

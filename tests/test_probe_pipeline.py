@@ -76,6 +76,39 @@ def test_a_loaded_mixture_really_scores_the_first_tokens(built: Path, probing: P
     assert mixture.route(TEXT, protocol="whole").costs == moqe.load(built).route(TEXT, protocol="whole").costs
 
 
+def test_a_runtime_in_an_expert_s_place_answers_probes_too(probing: Path) -> None:
+    class Certain:
+        """Predicts everything."""
+
+        name = "certain"
+
+        def score(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(tokens), tokens.shape[1] - 1)
+
+    mixture = moqe.load(probing)
+    mixture.use("kq", Certain())
+    assert mixture.route(TEXT).expert == "kq"
+    assert mixture.route(TEXT).costs["kq"] == 0.0
+    with pytest.raises(moqe.MoqeError, match="no expert 'nobody'"):
+        mixture.use("nobody", Certain())
+
+
+def test_no_expert_of_a_probing_mixture_is_timed_in_the_reference(
+    probing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moqe.runtimes.reference import ReferenceRuntime
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the reference runs")
+
+    for name in ("score", "generate"):
+        monkeypatch.setattr(ReferenceRuntime, name, refuse)
+    found = moqe.bench(
+        probing, runtime="llama.cpp", prompt_tokens=24, new_tokens=2, requests=1, threads=1, memory=False
+    )
+    assert {line.runtime for line in found.lines if line.name in ("gptq", "mixture")} == {"llama.cpp"}
+
+
 def test_a_text_like_no_other_goes_to_the_fallback_and_the_reason_says_so(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, tmp_path / "m")
     mixture = moqe.load(built)

@@ -24,6 +24,7 @@ from moqe.tasks.distiller import validation_rows
 from moqe.tasks.language import LanguageTask
 
 SHORT = {"steps": 6, "learning_rate": 0.005, "evaluate_every": 2}
+BOOK = {"domain": "book", "separator": "none"}
 MEMBERS = ("generalist", "for-code", "for-prose", "for-numbers")
 
 
@@ -119,6 +120,8 @@ def test_specialists_that_share_nothing_have_statistics_of_their_own(recipe_cont
         ({"scheme": "w5a16"}, "unknown scheme"),
         ({"share": "none", "distill": {"branch_after": 2}}, "needs share: codes"),
         ({"share": "none", "memory": 1.2}, "only scales can be left out"),
+        ({"share": "none", "rounds": 1}, "specialists.rounds needs share: codes"),
+        ({"method": "imatrix", "scheme": "q4_k", "group_size": None, "memory": 1.1}, "which q4_k has not"),
     ],
 )
 def test_what_cannot_be_specialised_is_one_clear_line(
@@ -157,6 +160,7 @@ def test_products_in_bfloat16_are_named_and_close(recipe_content: dict[str, Any]
         ({"codes_of": "rtn", "scheme": "w4a16", "distill": {}}, "remove scheme"),
         ({"method": "rtn", "scheme": "w4a16", "distill": {"branch_after": 2}}, "branch_after needs codes_of"),
         ({"codes_of": "second", "distill": {}}, "has no codes of its own"),
+        ({"codes_of": "rtn", "distill": {"branch_after": 2}}, "'rtn' is distilled for 0 steps"),
     ],
 )
 def test_codes_of_another_expert_are_checked(
@@ -297,6 +301,88 @@ def test_validation_takes_whole_documents_of_every_domain() -> None:
     assert {domain[row] for row in validation.tolist()} == {"a", "b"}
     assert len(validation) == 6
     assert len(train) == 40 - 2 * (3 + 1)  # three of fifteen documents, one of five, two windows each
+
+
+def test_clusters_that_cut_documents_leave_as_much_to_train_on() -> None:
+    """Of documents whose windows are in many clusters no more are held out than of documents in one."""
+    windows, clusters = 20, 6
+    document = tuple(f"d{number // windows}" for number in range(30 * windows))
+    domain = tuple(f"cluster-{number % clusters}" for number in range(len(document)))
+    samples = TextSamples(torch.zeros(len(document), 4, dtype=torch.int64), document, domain, (1,) * len(document))
+    options = Distill(validation_share=0.1, validation_windows=1000)
+    train, validation = validation_rows(samples, options, seed=0)
+    assert len(train) >= 0.8 * len(document)
+    assert len(train) + len(validation) == len(document)
+    assert {domain[row] for row in validation.tolist()} == set(domain)
+
+
+def test_a_branch_that_is_never_reached_is_refused(recipe_content: dict[str, Any]) -> None:
+    owner = {"name": "a", "method": "rtn", "scheme": "w4a16", "distill": {"steps": 6}}
+    member = {"name": "b", "codes_of": "a", "distill": {"steps": 9, "branch_after": 8}}
+    with pytest.raises(RecipeError, match="branch_after is 8, and 'a' is distilled for 6 steps"):
+        parse_recipe(recipe_content | {"experts": [owner, member]})
+    member["distill"] = {"steps": 9, "branch_after": 6}
+    assert len(parse_recipe(recipe_content | {"experts": [owner, member]}).experts) == 2
+
+
+def test_a_domain_of_one_document_is_refused_before_anything_is_made(
+    loud_base: Path, texts: Path, tmp_path: Path
+) -> None:
+    from tests.conftest import recipe_for
+
+    (tmp_path / "book.txt").write_text("it was a dark night and the river ran by the old mill " * 200)
+    content = with_specialists(recipe_for(loud_base, texts), domains=["book"])
+    content["data"]["calibration"] = [*content["data"]["calibration"], {"path": str(tmp_path / "book.txt")} | BOOK]
+    with pytest.raises(DataError, match=r"the domain 'book', whose calibration text is one document.*`separator`"):
+        moqe.build(moqe.parse_recipe(content), tmp_path / "m")
+    assert not list((tmp_path / "m" / "experts").glob("*/*.safetensors"))
+
+
+def test_rounds_and_memory_are_those_of_the_family_they_were_asked_for(
+    loud_base: Path, texts: Path, tmp_path: Path
+) -> None:
+    from tests.conftest import recipe_for
+
+    content = with_specialists(recipe_for(loud_base, texts), domains=["code", "prose"], rounds=1, memory=1.02)
+    content["specialists"]["distill"] = SHORT | {"steps": 2}
+    content["experts"] = [
+        {"name": "own", "method": "rtn", "scheme": "w4a16", "group_size": 64, "distill": SHORT},
+        {"name": "other", "codes_of": "own", "distill": SHORT | {"weights": {"code": 8.0}}},
+    ]
+    task = LanguageTask(moqe.parse_recipe(content), tmp_path)
+    task.make_experts(Silent())
+    found = {
+        name: read_json(tmp_path / "experts" / name / "certificate.json")["distilled"] for name in ("other", "for-code")
+    }
+    assert found["for-code"]["rounds"]
+    assert len(found["for-code"]["blocks"]) < 2
+    assert not found["other"].get("rounds")
+    assert "blocks" not in found["other"]
+
+
+def test_every_training_has_the_products_it_asks_for(
+    loud_base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.conftest import recipe_for
+
+    from moqe.methods.distill import Targets
+
+    used: list[torch.dtype] = []
+    later = Targets.later
+
+    def watched(decoder: Any, tokens: Any, dtype: torch.dtype, *others: Any) -> Targets:
+        used.append(dtype)
+        return later(decoder, tokens, dtype, *others)
+
+    monkeypatch.setattr(Targets, "later", watched)
+    content = recipe_for(loud_base, texts)
+    short = SHORT | {"steps": 2}
+    content["experts"] = [
+        {"name": name, "method": "rtn", "scheme": "w4a16", "group_size": 64, "distill": short | {"precision": name}}
+        for name in ("bfloat16", "float32")
+    ]
+    LanguageTask(moqe.parse_recipe(content), tmp_path).make_experts(Silent())
+    assert used == [torch.bfloat16, torch.float32]
 
 
 def test_samples_spread_over_domains() -> None:

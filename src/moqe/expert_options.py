@@ -11,6 +11,7 @@ from moqe.data_options import Sources
 from moqe.errors import did_you_mean
 from moqe.method_options import Awq, Brecq, Distill, DsConv, Gptq, N2uq, Ptq, Qat, Rtn, SmoothQuant
 from moqe.options import Options
+from moqe.schemes import SCHEMES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 RESERVED_NAMES = frozenset(
@@ -175,6 +176,13 @@ class Specialists(Options):
             raise ValueError("specialists.distill.branch_after needs share: codes: other codes have no common start")
         if self.share == "none" and self.memory is not None:
             raise ValueError("specialists.memory needs share: codes: only scales can be left out")
+        if self.share == "none" and self.rounds:
+            raise ValueError("specialists.rounds needs share: codes: rounds train scales on one set of codes")
+        if self.memory is not None and self.scheme in SCHEMES and SCHEMES[self.scheme].is_block:
+            raise ValueError(
+                f"specialists.memory needs scales in files of their own, which {self.scheme} has not: choose an "
+                "integer scheme such as w4a16"
+            )
         made: dict[str, Any] = {
             "method": self.method,
             "scheme": self.scheme,

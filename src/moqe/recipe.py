@@ -201,6 +201,13 @@ def _with_codes(expert: Expert, by_name: dict[str, Expert]) -> Expert:
         raise ValueError(
             f"expert {expert.name!r}: {owner.name!r} has no codes of its own: name an expert with a method"
         )
+    if expert.distill is not None and expert.distill.branch_after:
+        reached = 0 if owner.distill is None else owner.distill.steps
+        if expert.distill.branch_after > reached:
+            raise ValueError(
+                f"expert {expert.name!r}: distill.branch_after is {expert.distill.branch_after}, and {owner.name!r} is "
+                f"distilled for {reached} steps: lower it, or give {owner.name!r} more steps"
+            )
     return owner.model_copy(update={"name": expert.name, "codes_of": expert.codes_of, "distill": expert.distill})
 
 

@@ -104,6 +104,18 @@ def test_tuned_finds_a_planted_signal_and_says_what_it_compared(planted):
     assert described["guard"]["gain"]["documents"] == 32
 
 
+def test_a_domain_of_two_documents_is_no_obstacle(planted):
+    """Where one is judged on and the other chooses the strength, training knows the other domain alone."""
+    examples = planted(96, 0.2, 1)
+    short = dict.fromkeys(examples.document[88:96])  # the last two documents
+    label = tuple("books" if name in short else "web" for name in examples.document)
+    assert len(short) == 2
+    train, validation = (replace(examples, label=label).select(torch.arange(*ends)) for ends in ((0, 64), (64, 96)))
+    for seed in range(4):
+        fitted = fit_tuned(Options(epochs=1), train, validation, seed)
+        assert "domain-classifier" in [candidate.name for candidate in fitted.candidates]
+
+
 class Knowing:
     """A stand-in for the paper's router: it sees the losses themselves, blurred by noise."""
 

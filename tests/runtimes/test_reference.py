@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moqe.errors import CheckpointError, DataError, ModelError, NumericalError
 from moqe.models.activations import quantize_activations
@@ -225,3 +225,15 @@ def test_a_head_with_something_after_it_is_refused() -> None:
     model = tiny("Gemma2", head_dim=64, final_logit_softcapping=1.0)
     with pytest.raises(ModelError, match="Gemma2ForCausalLM"):
         ReferenceRuntime(model).score(TOKENS)
+
+
+def test_products_in_bfloat16_are_those_of_logits_and_losses_alike(model: Any) -> None:
+    rounded, exact = ReferenceRuntime(model, products=torch.bfloat16), ReferenceRuntime(model)
+    assert (rounded.name, exact.name) == ("bfloat16", "reference")
+    logits = rounded.logits(TOKENS)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, exact.logits(TOKENS))
+    torch.testing.assert_close(logits, exact.logits(TOKENS), rtol=0.1, atol=0.1)
+    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(losses.view(len(TOKENS), -1), rounded.score(TOKENS), rtol=0.02, atol=0.02)
+    assert len(rounded.generate(TOKENS[:1, :4], 3)) == 3

@@ -113,9 +113,8 @@ class Bench:
             widths.append(found)
             need = max(need, self.clock.used - started)
             if len(found.specialists) < schedule.specialists:
-                left_out.append(
-                    f"{bits} bits: {len(found.specialists)} of {schedule.specialists} specialists, time was up"
-                )
+                made = f"{bits} bits: {len(found.specialists)} of {schedule.specialists} specialists"
+                left_out.append(f"{made}, time was up or no text that was looked at was theirs")
         self.clock.lap("measure")
         return schedule, sorted(widths, key=lambda width: width.bits), left_out
 

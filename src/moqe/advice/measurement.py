@@ -91,7 +91,7 @@ def score(student: Student, scored: Scored, rows: Sequence[int], dtype: torch.dt
     tokens, targets = scored.tokens, scored.targets
     nats, divergence = np.full(len(tokens), np.nan), np.full(len(tokens), np.nan)
     with torch.no_grad(), mixed_precision(dtype, student.device):
-        for part in torch.split(torch.tensor(list(rows), dtype=torch.int64), _ROWS):
+        for part in torch.split(torch.tensor(list(rows), dtype=torch.int64), _ROWS) if len(rows) else ():
             hidden = student.hidden(tokens[part][:, :-1])
             found = _token_scores(student, hidden, targets.hidden[part].to(hidden.device), tokens[part][:, 1:])
             nats[part.numpy()], divergence[part.numpy()] = (values.mean(1).double().cpu().numpy() for values in found)
@@ -207,8 +207,9 @@ def trained(
     need = {
         label: float(np.nansum(np.where((scored.label == label) & ~scored.judging, generalist.divergence, np.nan)))
         for label in labels
+        if np.any((scored.label == label) | (scored.routed == label))  # a small cluster may have calibration alone
     }
-    chosen = sorted(labels, key=lambda label: -need[label])[: schedule.specialists]
+    chosen = sorted(need, key=lambda label: -need[label])[: schedule.specialists]
     middle = Scores(np.full(len(scored.tokens), np.nan), np.full(len(scored.tokens), np.nan))
     if look:
         student.load_state(_snapshot(folder / "generalist", halfway))

@@ -66,9 +66,10 @@ def advise(
     base: as in a recipe. data: texts, `path` or `path=domain`, or a recipe's sources; with one domain windows are told
     apart by cluster. bits: of the codes. experts: sizes of mixtures, the generalist counted. minutes: bound the work;
     what is cut is said in the result. out: a folder for advice.json and advice.png. window: tokens of a sample. steps:
-    of distillation, instead of as many as fit; with it, equal seeds give equal advice. text_weight: as in a recipe's
-    `distill`, the share of the text in what experts follow; above 0, gains are of loss and not of divergence.
-    own_weight: as in a recipe's `specialists`, how much oftener a specialist sees its own windows.
+    of distillation, instead of as many as fit; with it, equal seeds give equal advice, unless time cuts windows or the
+    search for codes, which the result says. text_weight: as in a recipe's `distill`, the share of the text in what
+    experts follow; above 0, gains are of loss and not of divergence. own_weight: as in a recipe's `specialists`,
+    how much oftener a specialist sees its own windows.
     Raises RecipeError on options that cannot be, DataError where there are too few documents, ModelError as a build.
     """
     clock, shown = Clock(60.0 * minutes), progress or Silent()

@@ -140,6 +140,15 @@ class LanguageMixture(Mixture):
             self._runtimes[expert] = self._engine.open(files, expert, self._progress, shares)
         return self._runtimes[expert]
 
+    def use(self, expert: str, runtime: Runtime) -> None:
+        """Let `runtime` run an expert from now on, such as its GGUF file in llama.cpp or a server that holds it.
+
+        Nothing is verified: that it is this expert is the caller's word. Raises MoqeError on an unknown name.
+        """
+        if expert not in self.experts:
+            raise MoqeError(f"no expert {expert!r} in {self.folder.path}; {did_you_mean(expert, self.experts)}")
+        self._runtimes[expert] = runtime
+
     def _probe(self, seen: Tensor) -> Decision:
         """The expert with the lowest loss on the given first tokens, int64 (k,), the first of equals."""
         costs = {name: float(self.runtime(name).score(seen[None]).double().mean()) for name in self.experts}

@@ -248,8 +248,15 @@ def _candidates(preset: Preset, options: RouterOptions, examples: RoutingExample
         name = f"network-{options.objective}"
         return {name: network(name, options.objective)}
     networks = {f"network-{objective}": network(f"network-{objective}", objective) for objective in OBJECTIVES}
-    told = {"domain-classifier": fit_domain_classifier} if len(set(examples.label or ())) > 1 else {}
+    told: dict[str, Fit] = {"domain-classifier": _fit_domains} if len(set(examples.label or ())) > 1 else {}
     return {"linear": fit_linear, "knn": fit_knn, "logistic": fit_logistic, **told, **networks}
+
+
+def _fit_domains(train: RoutingExamples, validation: RoutingExamples) -> Router:
+    """A classifier of domains; the best constant where this part of the documents is of one domain."""
+    if len(set(train.label or ())) > 1:
+        return fit_domain_classifier(train, validation)
+    return fit_constant(train)
 
 
 def _fit_network(

@@ -39,12 +39,10 @@ class ReferenceRuntime:
     shows the loading of the expert and the generation of text; whoever scores many windows shows that. codes: keep
     linears as codes and scales, the codes in common with other runtimes on the same `SharedCodes`, whose device must be
     the model's; losses are the same bit for bit. None dequantizes them once, which is faster where there is memory.
-    products: the type in which losses are computed, apart from sums and norms; bfloat16 is what most servers use, and
-    several times faster than float32 where the processor has instructions for it.
+    products: the type of products, apart from sums and norms, and the runtime's name unless it is float32; bfloat16 is
+    what most servers use, and several times faster than float32 where the processor has instructions for it.
     Nothing is loaded before the first use, which raises CheckpointError when the expert does not fit the skeleton.
     """
-
-    name = "reference"
 
     def __init__(
         self,
@@ -57,6 +55,7 @@ class ReferenceRuntime:
         codes: SharedCodes | None = None,
         products: torch.dtype = torch.float32,
     ) -> None:
+        self.name = "reference" if products == torch.float32 else str(products).removeprefix("torch.")
         self._skeleton, self._expert, self._codes = model, expert, codes
         self._products = products
         self.expert_name, self.max_batch_tokens = name, max_batch_tokens
@@ -97,7 +96,8 @@ class ReferenceRuntime:
         """Logits at every position: float32, (n, window, vocabulary) on the CPU, for int64 tokens, (n, window)."""
         parts = self._parts()
         seen = batches(tokens, self.max_batch_tokens)
-        return torch.cat([parts.head(parts.hidden(part)).float().cpu() for part in seen])
+        with mixed_precision(self._products, parts.device):
+            return torch.cat([parts.head(parts.hidden(part)).float().cpu() for part in seen])
 
     @torch.no_grad()
     def generate(
@@ -117,7 +117,8 @@ class ReferenceRuntime:
         random = torch.Generator().manual_seed(seed)
         new: list[int] = []
         inputs, cache = tokens, None
-        with self._progress.track("generate", max_new_tokens) as advance:
+        tracked = self._progress.track("generate", max_new_tokens)
+        with tracked as advance, mixed_precision(self._products, parts.device):
             while len(new) < max_new_tokens:
                 output = parts.body(input_ids=inputs.to(parts.device), past_key_values=cache, use_cache=True)
                 cache = output.past_key_values

@@ -78,9 +78,8 @@ def _language(
         place = mixture.folder.expert(name)
         if runtime == LLAMA or (runtime is None and is_gguf(place)):
             path = place if is_gguf(place) else _exported(place, work / f"{name}.gguf", mixture.folder.shared)
-            engines[name] = LlamaCppRuntime(path, name=name, context_tokens=prompt_tokens + new_tokens)
-        else:
-            engines[name] = mixture.runtime(name)
+            mixture.use(name, LlamaCppRuntime(path, name=name, context_tokens=prompt_tokens + new_tokens))
+        engines[name] = mixture.runtime(name)
 
     def choose(request: int) -> str:
         return mixture.route(requests[request % len(requests)]).expert

@@ -8,6 +8,7 @@ every member has had the same number of steps.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moqe.data.samples import TextSamples
-from moqe.expert_options import OWN_WEIGHTS
+from moqe.expert_options import GENERALIST, OWN_WEIGHTS, Specialists
 from moqe.folder import CERTIFICATE, MixtureFolder
 from moqe.formats import CompressedTensorsWriter, GgufWriter, open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
@@ -76,6 +77,7 @@ class Distiller:
     ) -> None:
         self.recipe, self.schemes, self.decoder, self.folder = recipe, schemes, decoder, folder
         self.samples = samples
+        self._targets: dict[torch.dtype, Targets] = {}
 
     def run(self, progress: Progress) -> None:
         """Distil every expert that has no certificate yet."""
@@ -92,15 +94,16 @@ class Distiller:
         labels, rounds = list(self.samples.domain), []
         found = {member.name: self._train(student, family, member, labels, 0, progress) for member in family.members}
         specialists = [member for member in family.members if member.codes_of]
-        wanted = self.recipe.specialists.rounds if self.recipe.specialists is not None and specialists else 0
-        score = self._half_split(student, found, progress) if wanted else 0.0
+        options = self._family_options(family)
+        wanted = 0 if options is None else options.rounds
+        score = self._half_split(student, family, found, progress) if wanted else 0.0
         for number in range(1, wanted + 1):
             assigned = self._assign(student, found, specialists, progress)
             again = found | {
                 member.name: self._train(student, family, _owning(member), assigned, number, progress)
                 for member in specialists
             }
-            now = self._half_split(student, again, progress)
+            now = self._half_split(student, family, again, progress)
             rounds.append({"round": number, "before": significant(score), "after": significant(now)})
             if now >= score:
                 break
@@ -117,6 +120,11 @@ class Distiller:
                 student.load_state(found[member.name].state)
                 self._write(member, family.owner, source, student, found[member.name], facts)
 
+    def _family_options(self, family: Family) -> Specialists | None:
+        """The recipe's `specialists`, where this is their family and not experts that were listed one by one."""
+        mine = family.owner.name == GENERALIST and len(family.members) > 1
+        return self.recipe.specialists if mine else None
+
     def _allot(
         self,
         student: Student,
@@ -131,8 +139,8 @@ class Distiller:
 
         Both are empty where the recipe does not bound memory.
         """
-        options = self.recipe.specialists
-        if options is None or options.memory is None or not specialists or family.owner.distill is None:
+        options = self._family_options(family)
+        if options is None or options.memory is None or family.owner.distill is None:
             return {}, {}
         blocks, general = self.decoder.block_names, found[family.owner.name].state
         data = self._data(family.owner.distill, labels, progress)
@@ -247,13 +255,15 @@ class Distiller:
         decode = partial(self.decoder.tokenizer.decode, skip_special_tokens=True)
         return {"windows": sum(inside), "words": telling_tokens(self.samples.tokens, inside, decode)}
 
-    def _half_split(self, student: Student, found: Mapping[str, Distilled], progress: Progress) -> float:
+    def _half_split(
+        self, student: Student, family: Family, found: Mapping[str, Distilled], progress: Progress
+    ) -> float:
         """The family's divergence on validation windows: who answers is chosen on the first half, scored on the second.
 
         So a family whose members differ by chance only does not look better than one expert.
         """
-        options = next(expert.distill for expert in self.recipe.experts if expert.distill is not None)
-        data = self._data(options, self.samples.domain, progress)
+        assert family.owner.distill is not None
+        data = self._data(family.owner.distill, self.samples.domain, progress)
         rows, halves = data.validation, []
         for result in found.values():
             student.load_state(result.state)
@@ -272,11 +282,11 @@ class Distiller:
         return TrainingSet(self.samples.tokens, labels, targets, train, validation)
 
     def _followed(self, options: Distill, progress: Progress) -> Targets:
-        """What a training with these options follows; what the base says is computed once for all."""
-        if "_targets" not in self.__dict__:
-            dtype = product_dtype(str(self.decoder.device), options.precision)
-            self._targets = Targets.later(self.decoder, self.samples.tokens, dtype, progress, self._shown())
-        return replace(self._targets, text_weight=options.text_weight)
+        """What a training with these options follows; what the base says is computed once a precision."""
+        dtype = product_dtype(str(self.decoder.device), options.precision)
+        if dtype not in self._targets:
+            self._targets[dtype] = Targets.later(self.decoder, self.samples.tokens, dtype, progress, self._shown())
+        return replace(self._targets[dtype], text_weight=options.text_weight)
 
     def _shown(self) -> Tensor | None:
         """Rows of the windows that some training shows or validates on; None for all, which alternation looks at.
@@ -378,14 +388,20 @@ def _owning(member: Expert) -> Expert:
 
 
 def validation_rows(samples: TextSamples, options: Distill, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to validate on, of disjoint documents; every domain gives its share of documents."""
+    """Rows to train on and rows to validate on, of disjoint documents; every domain gives its share of documents.
+
+    A document whose windows are in several clusters counts for the one that most of them are in.
+    """
     random = np.random.default_rng([seed, 1])
-    documents: dict[str, dict[str, None]] = {}
+    within: dict[str, Counter[str]] = {}
     for document, domain in zip(samples.document, samples.domain, strict=True):
-        documents.setdefault(domain, {})[document] = None
+        within.setdefault(document, Counter())[domain] += 1
+    documents: dict[str, list[str]] = {}
+    for document, windows in within.items():
+        documents.setdefault(windows.most_common(1)[0][0], []).append(document)
     kept: set[str] = set()
     for domain in sorted(documents):
-        names = list(documents[domain])
+        names = documents[domain]
         wanted = min(max(1, round(options.validation_share * len(names))), len(names) - 1)
         kept |= {names[index] for index in random.permutation(len(names))[:wanted]}
     inside = np.array([document in kept for document in samples.document])

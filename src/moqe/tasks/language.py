@@ -21,11 +21,12 @@ from moqe.data.protocols import (
 )
 from moqe.data.samples import TextSamples
 from moqe.data.splits import make_splits, tokenizer_digest
-from moqe.errors import RecipeError, did_you_mean
+from moqe.errors import DataError, RecipeError, did_you_mean
 from moqe.folder import MixtureFolder
 from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
 from moqe.formats.expert_files import ExpertFiles
+from moqe.method_options import Distill
 from moqe.methods import METHODS, check
 from moqe.methods.distill import distill_seconds
 from moqe.models.decoder import Decoder
@@ -133,6 +134,8 @@ class LanguageTask:
             for domain in sorted((set(expert.calibration) | distilled) - domains):
                 hint = did_you_mean(domain, domains)
                 raise RecipeError(f"expert {expert.name!r} weighs the unknown domain {domain!r}; {hint}")
+            if expert.distill is not None:
+                _refuse_single_documents(expert.name, expert.distill, splits.calibration)
         return {
             "calibration": splits.calibration,
             "router_train": splits.router_train,
@@ -226,3 +229,17 @@ class LanguageTask:
             for expert in self.recipe.experts
         }
         return {"base": ExpertFacts(base_bytes, {}), **experts}
+
+
+def _refuse_single_documents(expert: str, options: Distill, calibration: TextSamples) -> None:
+    """Raise DataError where nothing could be held out of a domain that a training weighs otherwise than the rest."""
+    for label in sorted(options.weights):
+        documents = {
+            name for name, domain in zip(calibration.document, calibration.domain, strict=True) if domain == label
+        }
+        if len(documents) == 1 and options.weights[label] != 1.0:
+            raise DataError(
+                f"expert {expert!r} is distilled for the domain {label!r}, whose calibration text is one document, of "
+                "which nothing can be held out to tell when it is best: give more documents, or cut this one with "
+                "`separator`"
+            )

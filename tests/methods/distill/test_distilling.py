@@ -251,6 +251,30 @@ def test_a_branch_with_equal_weights_is_its_trunk(material: Any, tmp_path: Path)
     assert set(other.divergence) == {6, 12}
 
 
+def test_a_training_killed_at_its_snapshot_still_has_it(
+    material: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Snapshot and checkpoint fall on one step; whichever of them is written last does not get written."""
+    from moqe.methods.distill import training
+
+    student, data = material
+    monkeypatch.setattr(training, "_SAVED_EVERY", 6)
+    save, saved = training.save_tensors, list[Path]()
+
+    def dies(path: Path, tensors: Any) -> None:
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_tensors", dies)
+        with pytest.raises(KeyboardInterrupt):
+            distill(student(), data, OPTIONS, 0, tmp_path, snapshots=frozenset({6}))
+    distill(student(), data, OPTIONS, 0, tmp_path, snapshots=frozenset({6}))
+    assert snapshot_path(tmp_path, 6).exists()
+
+
 def test_norms_are_trained_only_where_asked(material: Any, tmp_path: Path) -> None:
     student, data = material
     assert not student().norms

@@ -151,10 +151,10 @@ class _Run:
         self.step += 1
         if self.step % options.evaluate_every == 0 or self.step == options.steps:
             self._evaluate()
+        if self.step in self.snapshots:  # first: a training that goes on from the checkpoint does not come by again
+            self._save(snapshot_path(self.folder, self.step))
         if self.step % _SAVED_EVERY == 0 or self.step == options.steps:
             self._save(self._checkpoint)
-        if self.step in self.snapshots:
-            self._save(snapshot_path(self.folder, self.step))
 
     def result(self) -> Distilled:
         """The best state found."""
