@@ -93,8 +93,9 @@ def main() -> None:
     text = f"""
 ## Building five experts: one pass against five
 
-{base.name} of {options.base.name}, {options.windows} calibration windows of 256 tokens, int4 experts
-({", ".join(INT4)}). Ratio: median {statistics.median(ratios):.2f}, range {min(ratios):.2f} to {max(ratios):.2f}.
+The first {options.blocks} blocks of {options.base.name}, {options.windows} calibration windows of 256 tokens, int4
+experts ({", ".join(INT4)}). Ratio: median {statistics.median(ratios):.2f}, range {min(ratios):.2f} to
+{max(ratios):.2f}.
 The files of both ways are equal byte for byte.
 
 {table(["run", "one pass, s", "five passes, s", "ratio", "each alone, s"], rows)}

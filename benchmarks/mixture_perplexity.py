@@ -26,10 +26,11 @@ REFERENCE, MIXTURE = "reference", "mixture"
 
 
 def losses(mixture: LanguageMixture, windows: Tensor) -> dict[str, float]:
-    """Mean loss by name, nats per token: of the mixture and of every expert, whole windows, int64 (n, t)."""
-    found = {MIXTURE: sum(mixture.score(window).nats for window in windows) / windows[:, 1:].numel()}
-    for name in mixture.experts:
-        found[name] = float(mixture.runtime(name).score(windows).double().mean())
+    """Mean loss by name, nats per token: of the mixture and of every expert, window by window, int64 (n, t)."""
+    found = {}
+    for name, expert in ((MIXTURE, None), *((name, name) for name in mixture.experts)):
+        nats = [mixture.score(window, expert=expert).nats for window in windows]
+        found[name] = sum(nats) / windows[:, 1:].numel()
     return found
 
 

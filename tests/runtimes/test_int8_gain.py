@@ -28,7 +28,7 @@ def test_integers_are_compared_with_floats(tmp_path: Path) -> None:
 def test_doctor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     found = doctor()
-    assert "pip install 'moqe[vision]'" in found["machine"]["int8 in ONNX Runtime"]
+    assert "pip install '.[vision]'" in found["machine"]["int8 in ONNX Runtime"]
 
 
 @pytest.mark.parametrize(("flags", "expected"), [("fpu avx2", False), ("fpu avx512_vnni", True), ("avx_vnni", True)])

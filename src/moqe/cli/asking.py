@@ -45,7 +45,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     runtime: Annotated[
-        str | None, typer.Option(help="What runs the expert, such as packed; by default the recipe's.")
+        str | None, typer.Option(help="What runs the expert, such as packed; by default the reference.")
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
