@@ -16,6 +16,7 @@ from moqe.router import (
     choose,
     fit_paper,
     fit_tuned,
+    guard,
     load_router,
     realised_losses,
     save_router,
@@ -157,6 +158,23 @@ def test_the_papers_router_is_taken_where_no_candidate_wins(planted):
     fitted = fit_tuned(Options(epochs=1, guard=False), train, validation, 0, paper=Knowing(validation, 0.0))
     assert fitted.chosen == "paper"
     assert torch.equal(fitted.unseen.choice, validation.losses.argmin(1))
+
+
+def test_the_best_of_many_epochs_has_to_clear_a_higher_bar(planted):
+    train, validation = planted(96, 0.0, 1), planted(48, 0.0, 2)
+    rival = Knowing(validation, 0.0)
+    once, often = (guard(rival, validation, None, epochs)[1] for epochs in (1, 10**12))
+    compared = [
+        fit_tuned(Options(epochs=1), train, validation, 0, paper=rival, epochs=epochs).candidates[-1].compared
+        for epochs in (1, 10)
+    ]
+    assert compared == [7, 70]
+    assert once.gain == often.gain
+    assert once.kept
+    assert not often.kept
+    fixed = torch.zeros_like(rival.costs)
+    assert better(rival.costs, fixed, validation)
+    assert not better(rival.costs, fixed, validation, 10**12)
 
 
 def test_the_papers_router_has_to_clear_the_bar_too(planted):

@@ -102,7 +102,9 @@ def fit_routers(
     """
     examples, unseen = train.examples, validation.examples
     paper = fit_paper(options, examples, unseen, seed, modality, progress, fallback)
-    tuned = fit_tuned(options, examples, unseen, seed, modality, progress, fallback, paper.unguarded)
+    tuned = fit_tuned(
+        options, examples, unseen, seed, modality, progress, fallback, paper.unguarded, len(paper.history)
+    )
     deployed = paper if options.preset == "paper" else tuned
     with progress.track("fit baselines", 1) as advance:
         baselines = fit_baselines(examples, unseen, seed)

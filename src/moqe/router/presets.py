@@ -152,12 +152,13 @@ def fit_paper(
     with progress.track("train the paper's router", training.epochs) as advance:
         router, history = _fit_network(preset, options, training, train, validation, seed, "paper", advance)
     costs = router.predict(validation.features)
-    seen = judge("paper", costs, validation, validation.best_single if fallback is None else fallback)
+    expert = validation.best_single if fallback is None else fallback
+    seen = judge("paper", costs, validation, expert, len(history))  # the best epoch on these very samples
     rows = torch.arange(len(train), len(train) + len(validation))
     if not options.guard:
         unseen = UnseenChoices(rows, choose(costs).cpu())
         return FittedRouter(router, router, "paper", (seen,), history, None, unseen)
-    guarded, decision = guard(router, validation, fallback)
+    guarded, decision = guard(router, validation, fallback, len(history))
     unseen = UnseenChoices(rows, guarded_choice(costs.cpu(), decision))
     return FittedRouter(guarded, router, "paper", (seen,), history, decision, unseen)
 
@@ -171,6 +172,7 @@ def fit_tuned(
     progress: Progress = SILENT,
     fallback: int | None = None,
     paper: Router | None = None,
+    epochs: int = 1,
 ) -> FittedRouter:
     """The candidate that measures best on documents it has not seen, or the constant router if none beats it.
 
@@ -178,6 +180,7 @@ def fit_tuned(
     the guard falls back to and that novel samples get (see `moqe.router.novelty`); None takes the best single one of
     validation, and then no sample counts as novel. paper: the paper's router, fitted to the same, without a guard; it
     is taken where on validation it beats the best candidate by more than the standard error of their difference.
+    epochs: those of `paper`, which is the best of them on validation, so that it must clear bars for as many more.
     Raises as `fit_paper` does, and DataError when there are too few documents to cross-validate.
     """
     pool = train.join(validation)
@@ -206,8 +209,8 @@ def fit_tuned(
     if rival is not None:
         new = rows[len(train) :]
         theirs = settle(rival.predict(validation.features).double().cpu(), expert, refused[new])
-        judged.append(judge("paper", theirs, validation, expert, compared))
-        if judged[-1].wins and better(theirs, costs[new], validation):
+        judged.append(judge("paper", theirs, validation, expert, compared * epochs))
+        if judged[-1].wins and better(theirs, costs[new], validation, epochs):
             chosen, rows, costs = "paper", new, theirs
 
     if chosen is None:
@@ -223,7 +226,7 @@ def fit_tuned(
         free = UnseenChoices(rows, choose(costs))
         return FittedRouter(router, router, chosen, tuple(judged), (), None, free, novelty)
     known = pool.select(rows)
-    decision = decide(costs, known.deciding, known.document, expert)
+    decision = decide(costs, known.deciding, known.document, expert, epochs if chosen == "paper" else 1)
     held = UnseenChoices(rows, guarded_choice(costs, decision))
     guarded = apply_guard(router, decision, validation)
     return FittedRouter(guarded, router, chosen, tuple(judged), (), decision, held, novelty)

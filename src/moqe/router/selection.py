@@ -47,16 +47,17 @@ class Candidate:
     @property
     def wins(self) -> bool:
         """Whether the gain clears the bar for so many candidates."""
-        if self.gain.documents < 2:
-            return False
         return self.gain.value > bar(self.compared, self.gain.documents) * self.gain.standard_error
 
 
 def bar(compared: int, documents: int) -> float:
-    """Standard errors that a gain must exceed, the best of `compared` candidates judged on so many documents (>= 2).
+    """Standard errors that a gain must exceed, the best of `compared` candidates judged on so many documents.
 
-    One candidate needs more than one standard error; see the head of this file for more of them.
+    One candidate needs more than one standard error; see the head of this file for more of them. The standard error of
+    one document is infinite, and so nothing exceeds it.
     """
+    if compared == 1 or documents < 2:
+        return 1.0
     freedom = documents - 1
     return float(stats.t.isf(stats.t.sf(1.0, freedom) / compared, freedom))
 
@@ -120,9 +121,12 @@ def judge(name: str, costs: Tensor, examples: RoutingExamples, best_single: int,
     )
 
 
-def better(costs: Tensor, others: Tensor, examples: RoutingExamples) -> bool:
-    """Whether choices by `costs` beat those by `others`, (n, experts), by more than their difference's error."""
+def better(costs: Tensor, others: Tensor, examples: RoutingExamples, compared: int = 1) -> bool:
+    """Whether choices by `costs` beat those by `others`, (n, experts), by more than their difference's error.
+
+    compared: of how many `costs` are the best on these examples, which raises the bar.
+    """
     losses = examples.deciding.double().cpu()
     gain = realised_losses(losses, choose(others)) - realised_losses(losses, choose(costs))
     mean = clustered_mean(gain, examples.document)
-    return mean.value > mean.standard_error
+    return mean.value > bar(compared, mean.documents) * mean.standard_error
