@@ -66,12 +66,17 @@ def main() -> None:
         ]
         for line, loss in found[REFERENCE].items()
     ]
+    made = "; ".join(
+        f"{e.name}: {e.method} {e.scheme}, groups of {e.group_size}, {'' if e.symmetric else 'a'}symmetric"
+        for e in mixture.recipe.experts
+    )
     shares = ", ".join(f"{name} {count}" for name, count in chosen.most_common())
     text = f"""
 ## A whole mixture in other runtimes
 
 Perplexity on {options.windows} windows of {options.window} tokens from the start of {options.text.name}, and how far
-other runtimes are from the reference's. Windows the router sent where: {shares}.
+other runtimes are from the reference's, window by window. Windows the router sent where: {shares}.
+{made}.
 
 {table(["line", "reference", *options.runtimes], rows)}
 """
