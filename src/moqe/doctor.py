@@ -86,5 +86,5 @@ def _optional() -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = f"absent: pip install '.[{extra}]'"
+            found[package] = f"absent: in MoQE's folder, pip install '.[{extra}]'"
     return found

@@ -76,7 +76,9 @@ class MissingExtra(MoqeError):
     """An optional dependency is absent; the message holds the install line."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed: pip install '.[{extra}]'")
+        super().__init__(
+            f"{purpose} needs {package}, which is not installed: in MoQE's folder, pip install '.[{extra}]'"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -62,7 +62,7 @@ def test_an_unknown_part_and_a_missing_library(monkeypatch):
     with pytest.raises(DataError, match="no part 'tests'; did you mean 'test'"):
         digits_images("tests")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingExtra, match=r"needs scikit-learn.*pip install 'moqe\[vision\]'"):
+    with pytest.raises(MissingExtra, match=r"needs scikit-learn.*pip install '\.\[vision\]'"):
         digits_images("test")
 
 

@@ -283,7 +283,7 @@ def test_hub_errors():
 
 def test_the_hub_needs_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtra, match=r"'owner/name' is not on this disk.*moqe\[hub\]"):
+    with pytest.raises(MissingExtra, match=r"'owner/name' is not on this disk.*\.\[hub\]"):
         read_images(Source(path="owner/name"), PETS)
 
 

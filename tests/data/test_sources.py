@@ -140,7 +140,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 def test_the_hub_needs_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'moqe\[hub\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install '\.\[hub\]'"):
         read_source(Source(path="owner/name"))
 
 

@@ -318,5 +318,5 @@ def test_networks_that_cannot_be_exported() -> None:
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtra, match=rf"needs {package}, .*pip install 'moqe\[vision\]'"):
+    with pytest.raises(MissingExtra, match=rf"needs {package}, .*pip install '\.\[vision\]'"):
         export_float_graph(small_net(), IMAGE_SHAPE)

@@ -155,5 +155,5 @@ def test_a_damaged_file_is_named(file: Path, tmp_path: Path, tokens: Tensor) -> 
 
 def test_without_the_package_the_extra_is_named(file: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'moqe\[gguf\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install '\.\[gguf\]'"):
         LlamaCppRuntime(file).score(tokens)

@@ -200,7 +200,7 @@ def test_files_that_do_not_run(tmp_path: Path) -> None:
 def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "base.onnx", ())
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'moqe\[vision\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install '\.\[vision\]'"):
         OnnxRuntime(path)
 
 
