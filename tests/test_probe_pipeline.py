@@ -157,3 +157,15 @@ def test_images_cannot_be_probed() -> None:
     }
     with pytest.raises(RecipeError, match="probe scores the first tokens of texts: choose route or cascade"):
         moqe.parse_recipe(content)
+
+
+def test_a_damaged_router_is_told_when_it_is_asked(built: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(built, folder)
+    (folder / "router" / "prefix-16" / "mixture" / "router.safetensors").write_bytes(b"none")
+    mixture = moqe.load(folder)
+    assert mixture.score(TEXT, expert="kq").reason == "pinned"  # nobody asks the router
+    for _ in range(2):
+        with pytest.raises(moqe.MoqeError, match=r"router\.safetensors is damaged"):
+            mixture.route(TEXT)
+    assert "lowest predicted cost" in mixture.route(TEXT, protocol="whole").reason

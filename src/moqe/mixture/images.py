@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,9 +130,9 @@ class ImageMixture(Mixture):
         features = backbone_features(network.network, last, picture.pixels(self._shared, first).to(self.device))
         return self._decide(VectorFeatures(features, self.device), protocol, f"the features of {first}")
 
-    def _open_router(self, folder: Path) -> Router:
+    def _open_router(self, folder: Path, stored: tuple[Any, bytes] | None = None) -> Router:
         """The saved router, its network, if it has one, in ONNX Runtime."""
-        router = load_router(folder)
+        router = load_router(folder, stored)
         inner = innermost(router)
         if not isinstance(inner, NetworkRouter):
             return router

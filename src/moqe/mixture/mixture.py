@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from moqe.progress import Progress, Silent
 from moqe.recipe import Recipe, load_recipe
 from moqe.router import Features, load_router, novelty_of
 from moqe.router.router import Router
+from moqe.router.saved import read_router
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,11 @@ class Mixture:
         self.experts: tuple[str, ...] = tuple(self.manifest["experts"])
         self.protocol: str = self.manifest["protocols"][0]
         self._routers: dict[str, Router] = {}
-        with verifying(within(self.folder.shared, self.manifest["shared"]), self._progress):
-            self._read_shared()
+        with ThreadPoolExecutor(1) as beside:
+            # The deployed router's files; that they are damaged is told when the router is first asked.
+            self._read = {self.protocol: beside.submit(read_router, self.folder.router(self.protocol) / "mixture")}
+            with verifying(within(self.folder.shared, self.manifest["shared"]), self._progress):
+                self._read_shared()
 
     def _read_shared(self) -> None:
         """Read what all experts share."""
@@ -94,7 +99,9 @@ class Mixture:
         if name not in self.manifest["protocols"]:
             raise MoqeError(f"no router for protocol {name!r}; {did_you_mean(name, self.manifest['protocols'])}")
         if name not in self._routers:
-            self._routers[name] = self._open_router(self.folder.router(name) / "mixture")
+            read = self._read.pop(name, None)
+            stored = None if read is None else read.result()
+            self._routers[name] = self._open_router(self.folder.router(name) / "mixture", stored)
         router = self._routers[name]
         costs = router.predict(features)[0]
         if len(costs) != len(self.experts):
@@ -119,8 +126,8 @@ class Mixture:
             reason,
         )
 
-    def _open_router(self, folder: Path) -> Router:
-        return load_router(folder)
+    def _open_router(self, folder: Path, stored: tuple[Any, bytes] | None = None) -> Router:
+        return load_router(folder, stored)
 
     def _verified(self, expert: str) -> Path:
         """The folder of an expert, its files compared with their digests. Raises MoqeError on an unknown name."""

@@ -69,10 +69,10 @@ def save_router(router: Router, folder: Path) -> None:
     write_json(folder / DESCRIPTION, description)
 
 
-def load_router(folder: Path) -> Router:
-    """Read the router in `folder`, on the CPU.
+def read_router(folder: Path) -> tuple[Any, bytes]:
+    """The description and the tensors' file of the router in `folder`, which belong together.
 
-    Raises CheckpointError when files are missing, damaged, of two different routers, or of an unknown kind.
+    Raises CheckpointError when files are missing, damaged or of two different routers.
     """
     description = read_json(folder / DESCRIPTION)
     try:
@@ -84,6 +84,18 @@ def load_router(folder: Path) -> Router:
             raise CheckpointError(f"{folder / DESCRIPTION} has format {description['format']}, and {FORMAT} is known")
         if digest_bytes(content) != description["tensors"]:
             raise CheckpointError(f"{folder / TENSORS} is damaged or of another router: build the router again")
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} does not describe a router: build the router again") from error
+    return description, content
+
+
+def load_router(folder: Path, stored: tuple[Any, bytes] | None = None) -> Router:
+    """Read the router in `folder`, on the CPU. stored: what `read_router` found there, where that was called before.
+
+    Raises CheckpointError when files are missing, damaged, of two different routers, or of an unknown kind.
+    """
+    description, content = read_router(folder) if stored is None else stored
+    try:
         kind, saved_guard, saved_novelty = description["kind"], description["guard"], description.get("novelty")
         if kind not in ROUTERS:
             raise CheckpointError(f"{folder / DESCRIPTION}: unknown router {kind!r}; {did_you_mean(kind, ROUTERS)}")
