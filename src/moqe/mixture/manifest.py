@@ -75,7 +75,7 @@ def verify_files(expected: Mapping[Path, str], progress: Progress) -> None:
 
 @contextmanager
 def verifying(expected: Mapping[Path, str], progress: Progress) -> Iterator[None]:
-    """`verify_files` while the block reads the files, which takes no longer; damage is told before what it led to."""
+    """`verify_files` beside the block, which reads the files; damage is told before what it led to."""
     with ThreadPoolExecutor(1) as beside:
         check = beside.submit(verify_files, expected, progress)
         try:
