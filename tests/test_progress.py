@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 import moqe
 from moqe.progress import Advance
-from moqe.store import digest_file, digest_files
+from moqe.store import FileIdentity, digest_file, digest_files
 
 
 class Recorded:
@@ -104,3 +106,41 @@ def test_digests_of_many_files_come_in_their_order(tmp_path: Path) -> None:
     shown = Recorded()
     assert digest_files(paths, "digest", shown) == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     assert shown.finished()
+
+
+def test_a_file_is_read_once_whatever_its_names_and_again_as_soon_as_it_changes(tmp_path: Path) -> None:
+    import hashlib
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    known: dict[FileIdentity, str] = {}
+    first.write_bytes(b"a" * 100)
+    second.hardlink_to(first)
+
+    def mebibytes_read() -> int:
+        shown = Recorded()
+        digests = digest_files([first, second], "digest", shown, known)
+        assert digests == [hashlib.sha256(path.read_bytes()).hexdigest() for path in (first, second)]
+        assert shown.finished()
+        return shown.bars[0][1]
+
+    assert mebibytes_read() == 1
+    assert mebibytes_read() == 0
+    times = first.stat()
+    first.write_bytes(b"b" * 100)
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert mebibytes_read() == 1
+    second.unlink()
+    second.write_bytes(first.read_bytes())
+    assert mebibytes_read() == 2
+
+
+def test_what_experts_share_is_verified_once(built: Path, tmp_path: Path) -> None:
+    linked, copied = tmp_path / "linked", tmp_path / "copied"
+    for folder, copy in ((linked, os.link), (copied, shutil.copy2)):
+        shutil.copytree(built, folder, copy_function=copy)
+    read = {}
+    for folder in (linked, copied):
+        shown = Recorded()
+        moqe.load(folder, progress=shown).generate("one two", expert="gptq", max_new_tokens=1)
+        read[folder] = shown.bars[1][1]
+    assert read[linked] < read[copied]

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moqe.errors import CheckpointError, DiskFull, FolderBusy
 from moqe.progress import Advance, Progress, ignore
@@ -26,6 +26,21 @@ from moqe.progress import Advance, Progress, ignore
 PARTIAL = ".partial"
 _MEBIBYTE = 1 << 20
 _READERS = 4  # files read and hashed at a time
+
+
+class FileIdentity(NamedTuple):
+    """Which file a name stands for, and the state it is in: it has a new one as soon as it is written to."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int  # ns
+    changed: int  # ns; unlike `modified`, nobody can set it
+
+
+def _identity(path: Path) -> FileIdentity:
+    found = path.stat()
+    return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def digest_bytes(data: bytes) -> str:
@@ -44,10 +59,18 @@ def digest_file(path: Path, advance: Advance = ignore) -> str:
     return state.hexdigest()
 
 
-def digest_files(paths: Sequence[Path], what: str, progress: Progress) -> list[str]:
-    """SHA-256 of several files, in their order, several at a time; shown as `what`, in MiB."""
-    turn = threading.Lock()
-    with progress.track(f"{what} (MiB)", sum(-(-path.stat().st_size // _MEBIBYTE) for path in paths)) as advance:
+def digest_files(
+    paths: Sequence[Path], what: str, progress: Progress, known: dict[FileIdentity, str] | None = None
+) -> list[str]:
+    """SHA-256 of several files, in their order, several at a time; shown as `what`, in MiB.
+
+    A file with several names (hard links) is read once. known: digests of files that were read before, which are not
+    read again unless they changed since; what is read now is added.
+    """
+    known, turn = {} if known is None else known, threading.Lock()
+    identities = [_identity(path) for path in paths]
+    unread = {file: path for file, path in zip(identities, paths, strict=True) if file not in known}
+    with progress.track(f"{what} (MiB)", sum(-(-file.size // _MEBIBYTE) for file in unread)) as advance:
 
         def one(path: Path) -> str:
             def in_turn(steps: int) -> None:
@@ -57,7 +80,8 @@ def digest_files(paths: Sequence[Path], what: str, progress: Progress) -> list[s
             return digest_file(path, in_turn)
 
         with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as readers:  # hashing leaves Python's lock alone
-            return list(readers.map(one, paths))
+            known.update(zip(unread, readers.map(one, unread.values()), strict=True))
+    return [known[file] for file in identities]
 
 
 def canonical_json(value: Any) -> str:

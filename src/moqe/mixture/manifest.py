@@ -14,7 +14,7 @@ from moqe.evaluate.verdict import read_verdict
 from moqe.folder import MixtureFolder
 from moqe.progress import Progress, Silent
 from moqe.recipe import load_recipe
-from moqe.store import digest_files, disk_bytes, read_json, reading
+from moqe.store import FileIdentity, digest_files, disk_bytes, read_json, reading
 
 FORMAT_VERSION = 1
 
@@ -62,22 +62,29 @@ def within(place: Path, files: Mapping[str, str]) -> dict[Path, str]:
     return {place / name: digest for name, digest in files.items()}
 
 
-def verify_files(expected: Mapping[Path, str], progress: Progress) -> None:
-    """Compare files with their digests. Raises CheckpointError naming the first that is missing or damaged."""
+def verify_files(
+    expected: Mapping[Path, str], progress: Progress, known: dict[FileIdentity, str] | None = None
+) -> None:
+    """Compare files with their digests. Raises CheckpointError naming the first that is missing or damaged.
+
+    known: see `digest_files`.
+    """
     for path in expected:
         if not path.exists():
             raise CheckpointError(f"{path} is missing: build again, or copy the folder again")
-    found = digest_files(list(expected), "verify files", progress)
+    found = digest_files(list(expected), "verify files", progress, known)
     for (path, digest), actual in zip(expected.items(), found, strict=True):
         if actual != digest:
             raise CheckpointError(f"{path} is damaged (its digest is not the manifest's): build or copy it again")
 
 
 @contextmanager
-def verifying(expected: Mapping[Path, str], progress: Progress) -> Iterator[None]:
+def verifying(
+    expected: Mapping[Path, str], progress: Progress, known: dict[FileIdentity, str] | None = None
+) -> Iterator[None]:
     """`verify_files` beside the block, which reads the files; damage is told before what it led to."""
     with ThreadPoolExecutor(1) as beside:
-        check = beside.submit(verify_files, expected, progress)
+        check = beside.submit(verify_files, expected, progress, known)
         try:
             yield
         except Exception:

@@ -16,6 +16,7 @@ from moqe.recipe import Recipe, load_recipe
 from moqe.router import Features, load_router, novelty_of
 from moqe.router.router import Router
 from moqe.router.saved import read_router
+from moqe.store import FileIdentity
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ class Mixture:
         self.experts: tuple[str, ...] = tuple(self.manifest["experts"])
         self.protocol: str = self.manifest["protocols"][0]
         self._routers: dict[str, Router] = {}
+        self._digests: dict[FileIdentity, str] = {}  # of files read so far: experts have names of those they share
         with ThreadPoolExecutor(1) as beside:
             # The deployed router's files; that they are damaged is told when the router is first asked.
             self._read = {self.protocol: beside.submit(read_router, self.folder.router(self.protocol) / "mixture")}
-            with verifying(within(self.folder.shared, self.manifest["shared"]), self._progress):
+            with verifying(within(self.folder.shared, self.manifest["shared"]), self._progress, self._digests):
                 self._read_shared()
 
     def _read_shared(self) -> None:
@@ -134,5 +136,5 @@ class Mixture:
         if expert not in self.experts:
             raise MoqeError(f"no expert {expert!r} in {self.folder.path}; {did_you_mean(expert, self.experts)}")
         folder = self.folder.expert(expert)
-        verify_files(within(folder, self.manifest["experts"][expert]["files"]), self._progress)
+        verify_files(within(folder, self.manifest["experts"][expert]["files"]), self._progress, self._digests)
         return folder
