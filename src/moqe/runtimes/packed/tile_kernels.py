@@ -25,7 +25,7 @@ from moqe.runtimes.packed.weight import GroupedWeight
 
 GROUP_SIZES = (256, 128, 64, 32)
 _FEW = 64
-_ELEMENTS = 1 << 18
+_ELEMENTS = 1 << 20  # unpacked at a time
 _WIDTHS = (64, 32, 16)
 
 
@@ -69,14 +69,15 @@ class TileKernels:
         width, size = tile_outputs(), self._group_size
         tiles = self._tiles.view(outputs // width, inputs, width // 2).transpose(0, 1)  # (in, tiles, bytes)
         scale, zero = (part.contiguous() for part in self._grid.unbind(-1))  # strides would cost five times as much
+        scale = scale / 16  # exact, and so are codes times 16, which take fewer steps to make
         weight = torch.empty(inputs, outputs, dtype=torch.bfloat16)
         step = max(1, _ELEMENTS // (outputs * size)) * size
         for start in range(0, inputs, step):
             signed = (tiles[start : start + step] ^ 0x88).view(torch.int8)  # nibbles less 8, in two's complement
             part = weight[start : start + step]
             halves = part.view(-1, outputs // width, 2, width // 2)
-            halves[:, :, 0] = (signed << 4) >> 4
-            halves[:, :, 1] = signed >> 4
+            halves[:, :, 0] = signed << 4
+            halves[:, :, 1] = signed & -16
             groups = slice(start // size, (start + len(signed)) // size)
             scaled = part.view(-1, size, outputs).mul_(scale[groups, None])
             if self._shifted:
