@@ -13,6 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+SHORT = {"steps": 6, "learning_rate": 0.005, "evaluate_every": 2}  # distillation that tests can wait for
 WORDS = {
     "code": ("def", "return", "self", "value", "for", "in", "range", "print", "if", "else", "import", "list", "dict"),
     "prose": ("the", "a", "river", "house", "walked", "slowly", "into", "old", "green", "morning", "and", "never"),
@@ -149,6 +150,12 @@ def recipe_for(base: Path, texts: Path) -> dict[str, Any]:
     }
 
 
+def with_specialists(content: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The tiny recipe with specialists beside one expert of another method."""
+    experts = [{"name": "rtn", "method": "rtn", "scheme": "w4a16", "group_size": 64}]
+    return content | {"experts": experts, "specialists": {"distill": SHORT} | options}
+
+
 @pytest.fixture
 def recipe_content(tiny_base: Path, texts: Path) -> dict[str, Any]:
     """A recipe for the tiny base; tests change what they are about."""
@@ -162,4 +169,14 @@ def built(tiny_base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
 
     folder = tmp_path_factory.mktemp("mixture") / "m"
     moqe.build(moqe.parse_recipe(recipe_for(tiny_base, texts)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def special(loud_base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of rtn, a generalist and three specialists. Tests must leave it as it is."""
+    import moqe
+
+    folder = tmp_path_factory.mktemp("special") / "m"
+    moqe.build(moqe.parse_recipe(with_specialists(recipe_for(loud_base, texts))), folder)
     return folder

@@ -14,13 +14,18 @@ from benchmarks.advice import prediction_path
 from benchmarks.advice import section as advice_section
 from benchmarks.interleaved import Spread, pairwise, ratios, seconds_per_round
 from benchmarks.latency_language import open_contestant
+from benchmarks.mixture_perplexity import losses, read_windows
 from benchmarks.own_process import RuntimeProcess
 from benchmarks.specialists_runs import keep, read_kept, take_over
 from benchmarks.specialists_tables import BEST, GENERALIST, LABEL, MIXTURE, claim, pooled, section, sections
 from benchmarks.tables import write_section
 
+import moqe
 from moqe.bundled import bundled_model
+from moqe.data.splits import make_splits
+from moqe.mixture import LanguageMixture
 from moqe.models.decoder import Decoder
+from moqe.progress import Silent
 from moqe.recipe import Recipe, parse_recipe
 from moqe.runtimes.reference import ReferenceRuntime
 from moqe.store import write_json
@@ -90,6 +95,26 @@ def test_a_contestant_answers_from_a_process_of_its_own(capfd: pytest.CaptureFix
     ):
         process.generate(prompt, 1)
     assert "absent" in capfd.readouterr().err
+
+
+def test_a_mixture_is_scored_on_its_own_test_windows_or_on_a_text(built: Path, tmp_path: Path) -> None:
+    mixture = moqe.load(built)
+    assert isinstance(mixture, LanguageMixture)
+    test = make_splits(mixture.recipe.data, mixture.tokenizer, mixture.recipe.seed, Silent()).test.tokens
+    assert torch.equal(read_windows(mixture, None, 3, 99), test[[0, len(test) // 3, 2 * len(test) // 3]])
+    with pytest.raises(SystemExit, match=f"has {len(test)} test windows"):
+        read_windows(mixture, None, len(test) + 1, 99)
+    text = tmp_path / "text"
+    text.write_text("the river and the sea " * 9)
+    windows = read_windows(mixture, text, 2, 8)
+    assert windows.flatten().tolist() == mixture.tokenizer(text.read_text())["input_ids"][:16]
+    with pytest.raises(SystemExit, match="tokens and 4096 are asked for"):
+        read_windows(mixture, text, 2, 2048)
+    found = losses(mixture, windows)
+    assert list(found) == ["mixture", *mixture.experts]
+    pinned = [float(mixture.runtime("gptq").score(window[None]).mean()) for window in windows]
+    assert found["gptq"] == pytest.approx(sum(pinned) / 2, rel=1e-6)
+    assert found["mixture"] == pytest.approx(sum(mixture.score(window).nats for window in windows) / 14, rel=1e-9)
 
 
 @pytest.mark.parametrize(

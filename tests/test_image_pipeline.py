@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import moqe
 from moqe.bundled.digits import digits_images
 from moqe.errors import MoqeError, RecipeError
 from moqe.evaluate import read_losses, read_predictions
+from moqe.evaluate.verdict import read_verdict
 from moqe.folder import MixtureFolder
 from moqe.router import VectorFeatures, load_router
+from moqe.router.baselines import Constant
 from moqe.router.network_router import NetworkRouter
 from moqe.router.onnx_network import OnnxNetwork
+from moqe.router.saved import save_router
 from moqe.runtimes.images import IMAGE_RUNTIMES
 from moqe.runtimes.texts import TEXT_RUNTIMES
 from moqe.tasks.image_expert_files import expert_file
@@ -154,6 +158,34 @@ def test_the_mixture_asks_as_its_cascade_says(digits: Path) -> None:
     assert all(answer.cost == 1.0 + (answer.second is not None) for answer in answers)
     assert all(sum(answer.top.values()) <= 1.0 + 1e-5 for answer in answers)
     assert all(answer.second != answer.expert for answer in answers)
+
+
+def test_a_deployed_mixture_answers_as_judged(digits: Path) -> None:
+    mixture, task = moqe.load(digits), ImageTask(moqe.parse_recipe(recipe_for_digits()), digits)
+    samples = task.splits()["test"]
+    answers = [mixture.classify(samples.store.documents[int(row)].content()) for row in samples.rows]
+    (found,) = read_verdict(MixtureFolder(digits).verdict).protocols.values()
+    assert np.mean([answer.cost for answer in answers]) == pytest.approx(found.mixture.cost, abs=0.03)
+    for name in mixture.experts:
+        asked = np.mean([answer.expert == name for answer in answers])
+        assert asked == pytest.approx(found.mixture.share[name], abs=0.03)
+    stored = read_predictions(MixtureFolder(digits).predictions, "test")
+    assert stored is not None
+    right = np.mean([answer.index == label for answer, label in zip(answers, stored.label, strict=True)])
+    assert right == pytest.approx(found.mixture.value, abs=0.03)
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_costs_are_the_recipes_experts(position: int, digits: Path, tmp_path: Path) -> None:
+    names = [expert["name"] for expert in recipe_for_digits()["experts"]]
+    assert names != sorted(names)
+    shutil.copytree(digits, tmp_path / "m")
+    place = MixtureFolder(tmp_path / "m").router("whole") / "mixture"
+    costs = torch.tensor([float(abs(position - other)) for other in range(4)])
+    for name in ("router.json", "router.safetensors"):
+        (place / name).unlink()
+    save_router(Constant(costs), place)
+    assert moqe.load(tmp_path / "m").route(first_image("test")).expert == names[position]
 
 
 def test_the_router_sees_in_the_folder_what_it_saw_in_training(digits: Path) -> None:

@@ -1,4 +1,4 @@
-"""The paper's language recipes: each parses, its experts exist, a dry run works on a model of that kind and size."""
+"""Recipes: each parses, its experts exist; the paper's for language run dry on a model of that kind and size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 import moqe
 from moqe.methods import check
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "language").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted((FOLDER / "language").glob("*.yaml"))
+BUNDLED = sorted(FOLDER.glob("*.yaml"))
 
 
 def qwen3(hidden: int, intermediate: int, layers: int, heads: int) -> Qwen3Config:
@@ -42,6 +44,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }
 PARAMETERS = {"Qwen/Qwen3-0.6B": 0.596e9, "Qwen/Qwen3-1.7B": 1.72e9, "Qwen/Qwen3-4B": 4.02e9}
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_recipes_of_the_bundled_model_run_dry(path: Path) -> None:
+    recipe = moqe.load_recipe(path)
+    assert set(moqe.plan(recipe).estimate.expert_bytes) == {expert.name for expert in recipe.experts} != set()
 
 
 def test_all_tables_are_there() -> None:

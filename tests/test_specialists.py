@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.conftest import SHORT, recipe_for, with_specialists
 
 import moqe
 from moqe.data.samples import TextSamples
@@ -23,25 +24,8 @@ from moqe.store import read_json
 from moqe.tasks.distiller import validation_rows
 from moqe.tasks.language import LanguageTask
 
-SHORT = {"steps": 6, "learning_rate": 0.005, "evaluate_every": 2}
 BOOK = {"domain": "book", "separator": "none"}
 MEMBERS = ("generalist", "for-code", "for-prose", "for-numbers")
-
-
-def with_specialists(content: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """The tiny recipe with specialists beside one expert of another method."""
-    experts = [{"name": "rtn", "method": "rtn", "scheme": "w4a16", "group_size": 64}]
-    return content | {"experts": experts, "specialists": {"distill": SHORT} | options}
-
-
-@pytest.fixture(scope="module")
-def special(loud_base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture with a generalist and three specialists."""
-    from tests.conftest import recipe_for
-
-    folder = tmp_path_factory.mktemp("special") / "m"
-    moqe.build(moqe.parse_recipe(with_specialists(recipe_for(loud_base, texts))), folder)
-    return folder
 
 
 def test_a_recipe_with_specialists_says_who_they_are(recipe_content: dict[str, Any]) -> None:
@@ -81,8 +65,6 @@ def test_a_text_weight_is_everybody_s_and_unknown_to_hashes_when_it_is_0(recipe_
 def test_experts_follow_the_text_and_the_verdict_says_so(
     special: Path, loud_base: Path, texts: Path, tmp_path: Path
 ) -> None:
-    from tests.conftest import recipe_for
-
     content = with_specialists(recipe_for(loud_base, texts), distill=SHORT | {"text_weight": 0.5})
     verdict = moqe.build(moqe.parse_recipe(content), tmp_path / "m").verdict
     assert verdict.text_weight == 0.5
@@ -224,7 +206,6 @@ def test_certificates_say_how_scales_were_trained(special: Path) -> None:
 
 
 def test_building_again_gives_the_same_bytes(special: Path, loud_base: Path, texts: Path, tmp_path: Path) -> None:
-    from tests.conftest import recipe_for
     from tests.test_pipeline import tree
 
     moqe.build(moqe.parse_recipe(with_specialists(recipe_for(loud_base, texts))), tmp_path / "again")
@@ -232,8 +213,6 @@ def test_building_again_gives_the_same_bytes(special: Path, loud_base: Path, tex
 
 
 def test_clusters_need_no_labels_and_rounds_are_written_down(loud_base: Path, texts: Path, tmp_path: Path) -> None:
-    from tests.conftest import recipe_for
-
     content = with_specialists(recipe_for(loud_base, texts), by="cluster", count=2, rounds=1, own_weight=None)
     content["specialists"]["distill"] = SHORT | {"steps": 2}
     moqe.build(moqe.parse_recipe(content), tmp_path / "m")
@@ -247,8 +226,6 @@ def test_clusters_need_no_labels_and_rounds_are_written_down(loud_base: Path, te
 
 
 def test_memory_is_spent_within_its_bound(loud_base: Path, texts: Path, tmp_path: Path) -> None:
-    from tests.conftest import recipe_for
-
     content = with_specialists(recipe_for(loud_base, texts), memory=1.04)
     moqe.build(moqe.parse_recipe(content), tmp_path / "m")
     experts = [tmp_path / "m" / "experts" / name for name in MEMBERS]
@@ -328,8 +305,6 @@ def test_a_branch_that_is_never_reached_is_refused(recipe_content: dict[str, Any
 def test_a_domain_of_one_document_is_refused_before_anything_is_made(
     loud_base: Path, texts: Path, tmp_path: Path
 ) -> None:
-    from tests.conftest import recipe_for
-
     (tmp_path / "book.txt").write_text("it was a dark night and the river ran by the old mill " * 200)
     content = with_specialists(recipe_for(loud_base, texts), domains=["book"])
     content["data"]["calibration"] = [*content["data"]["calibration"], {"path": str(tmp_path / "book.txt")} | BOOK]
@@ -341,8 +316,6 @@ def test_a_domain_of_one_document_is_refused_before_anything_is_made(
 def test_rounds_and_memory_are_those_of_the_family_they_were_asked_for(
     loud_base: Path, texts: Path, tmp_path: Path
 ) -> None:
-    from tests.conftest import recipe_for
-
     content = with_specialists(recipe_for(loud_base, texts), domains=["code", "prose"], rounds=1, memory=1.02)
     content["specialists"]["distill"] = SHORT | {"steps": 2}
     content["experts"] = [
@@ -363,8 +336,6 @@ def test_rounds_and_memory_are_those_of_the_family_they_were_asked_for(
 def test_every_training_has_the_products_it_asks_for(
     loud_base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.conftest import recipe_for
-
     from moqe.methods.distill import Targets
 
     used: list[torch.dtype] = []
@@ -396,8 +367,6 @@ def test_samples_spread_over_domains() -> None:
 
 
 def test_distillation_may_see_more_windows_than_the_statistics(loud_base: Path, texts: Path, tmp_path: Path) -> None:
-    from tests.conftest import recipe_for
-
     content = recipe_for(loud_base, texts)
     content["data"] |= {"calibration_samples": 6}
     content["experts"] = [

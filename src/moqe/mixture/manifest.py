@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 
 def read_manifest(folder: MixtureFolder) -> dict[str, Any]:
-    """The manifest of a complete mixture. Raises CheckpointError when there is none."""
+    """The manifest of a complete mixture, experts in the recipe's order. Raises CheckpointError when there is none."""
     if not folder.manifest.exists():
         state = "is half-built: run the same `moqe build` again" if folder.recipe.exists() else "holds no mixture"
         raise CheckpointError(f"{folder.path} {state}")
@@ -32,9 +32,14 @@ def read_manifest(folder: MixtureFolder) -> dict[str, Any]:
                 f"{FORMAT_VERSION}: build again"
             )
         _check_manifest(manifest)
-    if load_recipe(folder.recipe).hash != manifest["recipe"]:
+    recipe = load_recipe(folder.recipe)
+    if recipe.hash != manifest["recipe"]:
         raise CheckpointError(f"{folder.recipe} is not the recipe the mixture was built from: bring it back")
-    return manifest
+    names = [expert.name for expert in recipe.experts]
+    if sorted(names) != sorted(manifest["experts"]):
+        raise CheckpointError(f"{folder.manifest} has other experts than {folder.recipe}: build or copy it again")
+    # What routers predict is in the order of the recipe; the file is in alphabetical order.
+    return manifest | {"experts": {name: manifest["experts"][name] for name in names}}
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
