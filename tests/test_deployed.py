@@ -54,6 +54,7 @@ def test_costs_are_the_recipes_experts(built: Path, tmp_path: Path) -> None:
         for protocol in mixture.manifest["protocols"]:
             decision = mixture.route("the old river", protocol=protocol)
             assert (decision.expert, decision.costs) == (name, dict(zip(names, costs, strict=True)))
+            assert ("of the 16 it was trained on" in decision.reason) == (protocol == "prefix-16")
         assert mixture.score("the old river").expert == name
     assert list(mixture.experts) == list(moqe.inspect(tmp_path / "m")["certificates"]) == names
 
@@ -83,3 +84,23 @@ def test_a_manifest_with_other_experts_than_the_recipe_is_refused(built: Path, t
     write_json(place.manifest, manifest)
     with pytest.raises(CheckpointError, match=r"has other experts than .*recipe\.yaml"):
         moqe.load(tmp_path / "m")
+
+
+def test_a_text_is_cut_into_the_tokens_that_windows_have(built: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    shutil.copytree(built, tmp_path / "m")
+    plain = moqe.load(built)
+    text = "the old river walked into the house"
+    assert plain._ids(text).tolist() == plain.tokenizer(text)["input_ids"]  # type: ignore[attr-defined]
+    mixture = moqe.load(tmp_path / "m")
+    assert isinstance(mixture, LanguageMixture)
+    begin, end = (mixture.tokenizer.convert_ids_to_tokens(number) for number in (3, 0))
+    mixture.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {end}", special_tokens=[(begin, 3), (end, 0)]
+    )
+    mixture.tokenizer.bos_token = begin
+    inside = plain.tokenizer(text)["input_ids"]  # type: ignore[attr-defined]
+    assert mixture.tokenizer(text)["input_ids"] == [3, *inside, 0]
+    assert mixture._ids(text).tolist() == [3, *inside]
+    assert mixture.score(text).tokens == len(inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -19,7 +20,7 @@ from moqe.errors import MoqeError, RecipeError
 from moqe.evaluate import read_losses, read_predictions
 from moqe.evaluate.verdict import read_verdict
 from moqe.folder import MixtureFolder
-from moqe.router import VectorFeatures, load_router
+from moqe.router import Cascade, VectorFeatures, load_router
 from moqe.router.baselines import Constant
 from moqe.router.network_router import NetworkRouter
 from moqe.router.onnx_network import OnnxNetwork
@@ -217,6 +218,28 @@ def test_features_of_an_expert_are_counted_and_used(tmp_path: Path) -> None:
     assert torch.allclose(deployed.predict(features), saved.predict(features), atol=1e-5)
     assert isinstance(deployed, NetworkRouter)
     assert isinstance(deployed.network, OnnxNetwork)
+
+    # What looks at no image is not counted as having looked at one.
+    place = tmp_path / "m" / "router" / "whole" / "mixture"
+    shutil.rmtree(place)
+    save_router(Constant(torch.tensor([1.0, 0.0])), place)
+    moqe.evaluate(tmp_path / "m")
+    judged = json.loads((tmp_path / "m" / "verdict.json").read_text())["protocols"]["whole"]["mixture"]
+    answer = moqe.load(tmp_path / "m").classify(first_image("test"))
+    assert (answer.expert, answer.cost, judged["cost"]) == ("ptq4", 1.0, 1.0)
+    save_router(saved, place)
+    always = moqe.load(tmp_path / "m")
+    always.__dict__["_cascade"] = Cascade(0.0, (1, 0), 1)
+    answer = always.classify(first_image("test"))
+    assert (answer.expert, answer.second, answer.cost) == ("ptq4", None, 1.0)
+
+
+def test_classes_of_the_same_name_are_told_apart(digits: Path) -> None:
+    mixture: Any = moqe.load(digits)
+    mixture._shared = dataclasses.replace(mixture._shared, classes=("crane", "dog", "crane"))
+    found = mixture._classification(torch.tensor([[0.7, 0.2, 0.1]]), "ptq8", None, 1.0, "")
+    assert (found.label, found.index) == ("crane", 0)
+    assert found.top == pytest.approx({"crane (0)": 0.7, "dog": 0.2, "crane (2)": 0.1})
 
 
 def test_a_route_needs_no_images_for_a_cascade(tmp_path: Path) -> None:

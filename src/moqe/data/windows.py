@@ -111,6 +111,16 @@ def begin_token(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and encoded and encoded[0] == bos else []
 
 
+def encode(text: str, tokenizer: Any) -> Tensor:
+    """Token ids of a text, int64 (tokens,), that begin as windows do and end with the text.
+
+    What a tokenizer would append, such as an end-of-text token, is left out, as it is in windows. Special tokens that
+    the text spells out are special here, for texts that a chat template wrote, and ordinary text in windows.
+    """
+    ids = [*begin_token(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 def text_bytes(tokens: Tensor, tokenizer: Any) -> tuple[int, ...]:
     """UTF-8 bytes of the text that each row of tokens, (n, t), decodes to; special tokens count nothing.
 

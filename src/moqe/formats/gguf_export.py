@@ -32,7 +32,7 @@ from moqe.formats.gguf_tokenizer import tokenizer_metadata
 from moqe.formats.safetensors_folder import SafetensorsFolder
 from moqe.models.skeleton import build_skeleton
 from moqe.progress import Advance, ignore
-from moqe.quantized import BlockTensor, IntegerTensor
+from moqe.quantized import BlockTensor, IntegerTensor, Quantized
 
 _FLOATS: dict[torch.dtype, str] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -107,19 +107,34 @@ class _Source:
 
     def __init__(self, expert: ExpertFiles, base: Path, config: Any, rounding: bool) -> None:
         self._expert, self._base, self._rounding = expert, SafetensorsFolder(base), rounding
-        shapes = {
-            name: tuple(parameter.shape) for name, parameter in build_skeleton(base, torch.float32).named_parameters()
-        }
-        self._shapes = shapes
+        skeleton = build_skeleton(base, torch.float32)
+        first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+        every = dict(skeleton.named_parameters(remove_duplicate=False))
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in every.items()}
         self._replaced = set(expert.names())
-        self.names = sorted(shapes)
+        # A checkpoint of a model with tied embeddings may have a head of its own all the same.
+        apart = {
+            name
+            for name, parameter in every.items()
+            if first[id(parameter)] != name and name in self._replaced and self._differ(name, first[id(parameter)])
+        }
+        self.names = sorted({*first.values(), *apart})
         lacking = [name for name in self.names if name not in self._replaced and name not in self._base]
         if lacking:
             raise CheckpointError(f"neither the expert nor {base} has {lacking[0]}: build or copy the mixture again")
 
+    def _differ(self, name: str, other: str) -> bool:
+        ours, theirs = (
+            value if isinstance(value, Tensor) else value.dequantize() for value in map(self._read, (name, other))
+        )
+        return ours.shape != theirs.shape or not torch.equal(ours.to(torch.float32), theirs.to(torch.float32))
+
+    def _read(self, name: str) -> Quantized | Tensor:
+        return self._expert.load(name) if name in self._replaced else self._base.tensor(name)
+
     def load(self, name: str) -> Conversion | Tensor:
         """A tensor as it will be stored."""
-        value = self._expert.load(name) if name in self._replaced else self._base.tensor(name)
+        value = self._read(name)
         shape = tuple(value.shape if isinstance(value, Tensor) else value.codes.shape)
         if shape != self._shapes[name]:
             raise CheckpointError(f"{name} has the shape {shape} and the base model's is {self._shapes[name]}")

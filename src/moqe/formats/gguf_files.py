@@ -8,6 +8,7 @@ come back in Hugging Face's order. Files are mapped; nothing is read before it i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -96,6 +97,11 @@ class GgufFiles:
     def activation_bits(self, name: str) -> int:
         """16: block schemes quantize weights only."""
         return 16
+
+    def stated(self, key: str) -> Any:
+        """A number, text or list of the metadata; None where there is none."""
+        found = self._containers[0].metadata.get(key)
+        return None if found is None else found.value
 
     def vocabulary(self) -> Vocabulary:
         """The vocabulary in the file; its digest tells whether a base model has the same."""

@@ -1,16 +1,20 @@
-"""Opening an expert whatever its format, and whether its tokenizer is the base model's."""
+"""Opening an expert whatever its format, and whether its tokenizer and its computation are the base model's."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig
 
 from moqe.errors import CheckpointError
 from moqe.formats.awq_checkpoint import open_awq
 from moqe.formats.compressed_tensors_files import CompressedTensorsFiles
 from moqe.formats.expert_files import ExpertFiles
 from moqe.formats.float_checkpoint import FloatFiles
+from moqe.formats.gguf_architecture import architecture_metadata
 from moqe.formats.gguf_files import GgufFiles
 from moqe.formats.gguf_tokenizer import read_vocabulary
 from moqe.formats.gptq_checkpoint import open_gptq
@@ -21,6 +25,18 @@ READERS: dict[str, Callable[[Path, Mapping[str, Any]], ExpertFiles]] = {
     "gptq": open_gptq,
     "awq": open_awq,
 }
+
+# What of a config, beside the rotation, decides what is computed from the same weights.
+_COMPUTATION = (
+    "model_type",
+    "hidden_act",
+    "rms_norm_eps",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "layer_types",
+)
 
 
 def is_gguf(path: Path) -> bool:
@@ -74,6 +90,46 @@ def same_tokenizer(base: Path, checkpoint: Path) -> None:
         raise _another_tokenizer(base, checkpoint, f"for example in {example!r}")
     if our_merges != their_merges:
         raise _another_tokenizer(base, checkpoint, "their merges differ")
+
+
+def same_computation(base: Path, checkpoint: Path) -> None:
+    """Raise CheckpointError where a checkpoint asks for another computation with its weights than the base model.
+
+    base: a folder with config.json. checkpoint: a folder or GGUF; one that states nothing is taken for the base's. An
+    expert runs with the base's config, so another rotation, say, would make another model of it.
+    """
+    config = AutoConfig.from_pretrained(base)
+    if is_gguf(checkpoint):
+        files = GgufFiles(checkpoint)
+        ours = {
+            key: stated.value
+            for key, stated in architecture_metadata(config, "F32").items()
+            if ".attention." in key or ".rope." in key
+        }
+        theirs = {key: value for key in ours if (value := files.stated(key)) is not None}
+    elif (checkpoint / "config.json").is_file() and "model_type" in read_json(checkpoint / "config.json"):
+        ours, theirs = _computation(config), _computation(AutoConfig.from_pretrained(checkpoint))
+    else:
+        return
+    for key, value in theirs.items():
+        if not _alike(ours.get(key), value):
+            raise CheckpointError(
+                f"{checkpoint} has {key} {value} and the base model {base} {ours.get(key)}: as an expert it would be "
+                "run as the base is; choose a checkpoint made from this base"
+            )
+
+
+def _computation(config: Any) -> dict[str, Any]:
+    found = {key: getattr(config, key, None) for key in _COMPUTATION}
+    found["head_dim"] = found["head_dim"] or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    return found | {f"rope_parameters.{key}": value for key, value in rope.items()}
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, int | float) and isinstance(theirs, int | float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)  # GGUF files hold float32
+    return bool(ours == theirs)
 
 
 def _read_tokenizer(folder: Path) -> tuple[dict[str, int], set[str], list[str]]:

@@ -10,6 +10,7 @@ the reference runtime, which opens the full-precision model that the recipe name
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from moqe.models.image_features import backbone_features
 from moqe.models.image_shared import STEM, ImageShared, read_image_shared
 from moqe.progress import Progress
 from moqe.router import Cascade, Router, VectorFeatures, innermost, load_cascade, load_router, with_innermost
+from moqe.router.baselines import Constant
 from moqe.router.network_router import NetworkRouter
 from moqe.router.onnx_network import NETWORK, OnnxNetwork
 from moqe.runtimes.images import ReferenceImageRuntime
@@ -41,7 +43,8 @@ SHOWN_CLASSES = 5
 class Classification:
     """What an image shows.
 
-    label, index: the likeliest class. probability: its own. top: the five likeliest classes with their probabilities.
+    label, index: the likeliest class. probability: its own. top: the five likeliest classes with their probabilities,
+    those of them with the same label with their index behind it.
     expert: who answered first; second: who was asked because the first was unsure, None if nobody was, and then the
     probabilities are the mean of both. cost: forward passes of an expert. reason: why this expert.
     """
@@ -98,16 +101,14 @@ class ImageMixture(Mixture):
         picture = _Picture.of(image)
         if expert is not None:
             return self._classification(self._probabilities(expert, picture), expert, None, 1.0, "pinned")
-        decision = self._route(picture, None)
-        ran = {self.recipe.experts[0].name} if self.recipe.router.feature == "backbone" else set()
-        cascade = self._cascade
-        if cascade is None:
-            first, second = self.experts.index(decision.expert), None
+        cascade, ran = self._cascade, set[str]()
+        if cascade is not None and cascade.always_first is not None:
+            name, reason = self.experts[cascade.always_first], "the cascade always begins with it"
         else:
-            first = int(cascade.first(torch.tensor([self.experts.index(decision.expert)]))[0])
-            second = cascade.second[first]
-        name = self.experts[first]
-        reason = decision.reason if name == decision.expert else "the cascade always begins with it"
+            decision = self._route(picture, None)
+            name, reason = decision.expert, decision.reason
+            ran = {self.recipe.experts[0].name} if self._looks_at_an_expert(self.protocol) else set()
+        second = None if cascade is None else cascade.second[self.experts.index(name)]
         probabilities, ran = self._probabilities(name, picture), ran | {name}
         if cascade is None or second is None or not bool(cascade.unsure(probabilities)[0]):
             return self._classification(probabilities, name, None, float(len(ran)), reason)
@@ -126,9 +127,16 @@ class ImageMixture(Mixture):
             features = self._stem.logits(picture.pixels(self._shared, BASE))
             return self._decide(VectorFeatures(features, self.device), protocol, "its first stage")
         first = self.recipe.experts[0].name
+        pixels = picture.pixels(self._shared, first).to(self.device)
+        if not self._looks_at_an_expert(protocol or self.protocol):
+            return self._decide(VectorFeatures(torch.empty(1, 0), self.device), protocol, "nothing")
         network, last = self._backbone
-        features = backbone_features(network.network, last, picture.pixels(self._shared, first).to(self.device))
+        features = backbone_features(network.network, last, pixels)
         return self._decide(VectorFeatures(features, self.device), protocol, f"the features of {first}")
+
+    def _looks_at_an_expert(self, protocol: str) -> bool:
+        """Whether the deployed router needs a pass of an expert: one that is constant does not."""
+        return self.recipe.router.feature == "backbone" and not isinstance(self._router(protocol), Constant)
 
     def _open_router(self, folder: Path, stored: tuple[Any, bytes] | None = None) -> Router:
         """The saved router, its network, if it has one, in ONNX Runtime."""
@@ -146,7 +154,10 @@ class ImageMixture(Mixture):
         self, probabilities: Tensor, expert: str, second: str | None, cost: float, reason: str
     ) -> Classification:
         values, order = probabilities[0].sort(descending=True, stable=True)
-        top = {self.classes[int(i)]: float(p) for p, i in zip(values[:SHOWN_CLASSES], order, strict=False)}
+        shown = [int(i) for i in order[:SHOWN_CLASSES]]
+        labels = Counter(self.classes[i] for i in shown)  # ImageNet has two classes called crane, and two maillots
+        names = [self.classes[i] if labels[self.classes[i]] == 1 else f"{self.classes[i]} ({i})" for i in shown]
+        top = {name: float(p) for name, p in zip(names, values, strict=False)}
         index = int(order[0])
         return Classification(self.classes[index], index, float(values[0]), top, expert, second, cost, reason)
 

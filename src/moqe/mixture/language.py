@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moqe.data.protocols import visible_tokens
+from moqe.data.windows import encode
 from moqe.errors import MoqeError, did_you_mean
 from moqe.formats import open_expert
 from moqe.formats.compressed_tensors import SHARED_TENSORS
@@ -97,7 +98,9 @@ class LanguageMixture(Mixture):
         most = min(self.recipe.data.window, self.recipe.router.max_tokens)
         seen = ids[: visible_tokens(name) or most] if name in self.manifest["protocols"] else ids
         features = TokenFeatures(seen[None], self._shared.embedding, self.device)
-        return self._decide(features, protocol, f"{len(seen)} tokens")
+        k = visible_tokens(name) or 0
+        few = f" of the {k} it was trained on" if len(seen) < k else ""
+        return self._decide(features, protocol, f"{len(seen)} tokens{few}")
 
     def score(self, text: str | Tensor, expert: str | None = None) -> Score:
         """Loss of a text under the routed expert, or under `expert`; every token after the first one counts.
@@ -164,7 +167,7 @@ class LanguageMixture(Mixture):
         return decision.expert, decision.reason
 
     def _ids(self, text: str | Tensor) -> Tensor:
-        ids = torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64) if isinstance(text, str) else text
+        ids = encode(text, self.tokenizer) if isinstance(text, str) else text
         if ids.numel() == 0:
             raise MoqeError("the text is empty: give at least one token to route on")
         return ids

@@ -98,13 +98,7 @@ class Mixture:
     def _decide(self, features: Features, protocol: str | None, seen: str) -> Decision:
         """The router's decision on the one sample that `features` show; `seen` says of what, for people."""
         name = protocol or self.protocol
-        if name not in self.manifest["protocols"]:
-            raise MoqeError(f"no router for protocol {name!r}; {did_you_mean(name, self.manifest['protocols'])}")
-        if name not in self._routers:
-            read = self._read.pop(name, None)
-            stored = None if read is None else read.result()
-            self._routers[name] = self._open_router(self.folder.router(name) / "mixture", stored)
-        router = self._routers[name]
+        router = self._router(name)
         costs = router.predict(features)[0]
         if len(costs) != len(self.experts):
             raise CheckpointError(
@@ -127,6 +121,18 @@ class Mixture:
             name,
             reason,
         )
+
+    def _router(self, protocol: str) -> Router:
+        """The deployed router for a protocol. Raises MoqeError where there is none, CheckpointError for damage."""
+        if protocol not in self.manifest["protocols"]:
+            raise MoqeError(
+                f"no router for protocol {protocol!r}; {did_you_mean(protocol, self.manifest['protocols'])}"
+            )
+        if protocol not in self._routers:
+            read = self._read.pop(protocol, None)
+            stored = None if read is None else read.result()
+            self._routers[protocol] = self._open_router(self.folder.router(protocol) / "mixture", stored)
+        return self._routers[protocol]
 
     def _open_router(self, folder: Path, stored: tuple[Any, bytes] | None = None) -> Router:
         return load_router(folder, stored)

@@ -102,7 +102,7 @@ def prompts(tokenizer: Any, length: int) -> list[Tensor]:
     """A few prompts of `length` tokens from text that comes with Python: int64 (length,) each."""
     ids: list[int] = []
     for document in bundled_documents(_TEXT):
-        ids += tokenizer(document.text)["input_ids"]
+        ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]
         if len(ids) >= _DIFFERENT * length:
             break
     ids = (ids * (1 + _DIFFERENT * length // len(ids)))[: _DIFFERENT * length]

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from moqe.data.samples import TextSamples
 from moqe.errors import CheckpointError
 from moqe.folder import CERTIFICATE, MixtureFolder
-from moqe.formats import CompressedTensorsWriter, GgufWriter, open_expert, same_tokenizer, write_shared
+from moqe.formats import (
+    CompressedTensorsWriter,
+    GgufWriter,
+    open_expert,
+    same_computation,
+    same_tokenizer,
+    write_shared,
+)
 from moqe.formats.expert_files import ExpertWriter
 from moqe.formats.gguf_split import gguf_paths
 from moqe.formats.open import is_gguf
@@ -196,7 +203,7 @@ class ExpertMaker:
     def _adopt(self, expert: Expert, progress: Progress) -> None:
         """Take an existing checkpoint into the mixture: link its files after checking that it belongs to the base.
 
-        Raises CheckpointError for another tokenizer, other shapes or damaged files.
+        Raises CheckpointError for another tokenizer, another computation, other parameters or damaged files.
         """
         source = Path(expert.checkpoint).expanduser()
         if not source.exists():
@@ -209,6 +216,7 @@ class ExpertMaker:
         if not files:
             raise CheckpointError(f"{source} holds no files: give expert {expert.name!r} a checkpoint's folder or file")
         same_tokenizer(self.decoder.folder, source)
+        same_computation(self.decoder.folder, source)
         opened = open_expert(source)
         shapes = {
             name: shape

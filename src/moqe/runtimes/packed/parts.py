@@ -87,8 +87,11 @@ class PackedParts:
         self.decoder = Decoder(skeleton.shape, made, norm, body.rotary_emb, precision, skeleton.compiled)
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         self.embedding = self._floats(f"{paths[id(inputs)]}.weight")
-        tied = outputs.weight is inputs.weight
-        head = self.embedding if tied else self._floats(f"{paths[id(outputs)]}.weight")
+        name = f"{paths[id(outputs)]}.weight"
+        tied = outputs.weight is inputs.weight and name not in self._stored  # a checkpoint may have a head of its own
+        head = self.embedding if tied else self._floats(name)
+        if head.shape == self.embedding.shape and torch.equal(head, self.embedding):
+            head = self.embedding
         ours = head.data_ptr() == outputs.weight.data_ptr()
         self.head = skeleton.head() if ours else skeleton.make_head(head)
         self.vocabulary = int(self.embedding.shape[0])
