@@ -90,7 +90,7 @@ class PackedParts:
         name = f"{paths[id(outputs)]}.weight"
         tied = outputs.weight is inputs.weight and name not in self._stored  # a checkpoint may have a head of its own
         head = self.embedding if tied else self._floats(name)
-        if head.shape == self.embedding.shape and torch.equal(head, self.embedding):
+        if head is not self.embedding and torch.equal(head, self.embedding):
             head = self.embedding
         ours = head.data_ptr() == outputs.weight.data_ptr()
         self.head = skeleton.head() if ours else skeleton.make_head(head)
