@@ -111,3 +111,22 @@ def test_a_build_refuses_it_and_takes_what_differs_in_nothing_that_counts(
     same_computation(tiny_base, tmp_path / "stateless")
     (tmp_path / "stateless" / "config.json").write_text("{}")
     same_computation(tiny_base, tmp_path / "stateless")
+    (tmp_path / "stateless" / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(CheckpointError, match=r"config\.json is no config that is known"):
+        same_computation(tiny_base, tmp_path / "stateless")
+
+
+def test_an_older_way_to_say_the_same_is_accepted(tiny_base: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    older = checkpoint(tiny_base, tmp_path / "older")
+    content = json.loads((older / "config.json").read_text())
+    theta = AutoConfig.from_pretrained(tiny_base).rope_parameters["rope_theta"]
+    for key in ("rope_parameters", "layer_types", "head_dim"):
+        content.pop(key, None)
+    content |= {"rope_theta": theta, "rope_scaling": None, "head_dim": AutoConfig.from_pretrained(tiny_base).head_dim}
+    (older / "config.json").write_text(json.dumps(content))
+    same_computation(tiny_base, older)
+    (older / "config.json").write_text(json.dumps(content | {"rope_theta": theta * 2}))
+    with pytest.raises(CheckpointError, match=r"has rope_parameters\.rope_theta"):
+        same_computation(tiny_base, older)

@@ -108,7 +108,11 @@ def same_computation(base: Path, checkpoint: Path) -> None:
         }
         theirs = {key: value for key in ours if (value := files.stated(key)) is not None}
     elif (checkpoint / "config.json").is_file() and "model_type" in read_json(checkpoint / "config.json"):
-        ours, theirs = _computation(config), _computation(AutoConfig.from_pretrained(checkpoint))
+        try:
+            theirs = _computation(AutoConfig.from_pretrained(checkpoint))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{checkpoint / 'config.json'} is no config that is known ({error})") from error
+        ours = _computation(config)
     else:
         return
     for key, value in theirs.items():
