@@ -112,7 +112,7 @@ def test_a_build_refuses_it_and_takes_what_differs_in_nothing_that_counts(
     (tmp_path / "stateless" / "config.json").write_text("{}")
     same_computation(tiny_base, tmp_path / "stateless")
     (tmp_path / "stateless" / "config.json").write_text('{"model_type": "unheard-of"}')
-    with pytest.raises(CheckpointError, match=r"config\.json is no config that is known"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not a known config"):
         same_computation(tiny_base, tmp_path / "stateless")
 
 

@@ -111,7 +111,9 @@ def same_computation(base: Path, checkpoint: Path) -> None:
         try:
             theirs = _computation(AutoConfig.from_pretrained(checkpoint))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{checkpoint / 'config.json'} is no config that is known ({error})") from error
+            raise CheckpointError(
+                f"{checkpoint / 'config.json'} is not a known config ({error}): choose a checkpoint made from {base}"
+            ) from error
         ours = _computation(config)
     else:
         return
