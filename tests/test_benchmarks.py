@@ -16,6 +16,7 @@ from benchmarks.interleaved import Spread, pairwise, ratios, seconds_per_round
 from benchmarks.latency_language import open_contestant
 from benchmarks.mixture_perplexity import losses, read_windows
 from benchmarks.own_process import RuntimeProcess
+from benchmarks.server_perplexity import compare
 from benchmarks.specialists_runs import keep, read_kept, take_over
 from benchmarks.specialists_tables import BEST, GENERALIST, LABEL, MIXTURE, claim, pooled, section, sections
 from benchmarks.tables import write_section
@@ -115,6 +116,19 @@ def test_a_mixture_is_scored_on_its_own_test_windows_or_on_a_text(built: Path, t
     pinned = [float(mixture.runtime("gptq").score(window[None]).mean()) for window in windows]
     assert found["gptq"] == pytest.approx(sum(pinned) / 2, rel=1e-6)
     assert found["mixture"] == pytest.approx(sum(mixture.score(window).nats for window in windows) / 14, rel=1e-9)
+
+
+def test_a_server_is_compared_with_the_expert_that_it_serves(built: Path) -> None:
+    mixture = moqe.load(built)
+    assert isinstance(mixture, LanguageMixture)
+    first, other = (mixture.runtime(name) for name in mixture.experts[:2])
+    windows = make_splits(mixture.recipe.data, mixture.tokenizer, mixture.recipe.seed, Silent()).test.tokens[:3]
+    found = compare({"first": first, "again": first, "other": other}, windows, 6)
+    assert found["first"] == found["again"] == (1.0, 6)
+    ratio = float(other.score(windows).double().mean() - first.score(windows).double().mean())
+    assert found["other"][0] == pytest.approx(np.exp(ratio)) != 1.0
+    pairs = zip(first.generate(windows[:1, :40], 6), other.generate(windows[:1, :40], 6), strict=True)
+    assert found["other"][1] == sum(mine == theirs for mine, theirs in pairs)
 
 
 @pytest.mark.parametrize(
