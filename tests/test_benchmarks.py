@@ -118,17 +118,19 @@ def test_a_mixture_is_scored_on_its_own_test_windows_or_on_a_text(built: Path, t
     assert found["mixture"] == pytest.approx(sum(mixture.score(window).nats for window in windows) / 14, rel=1e-9)
 
 
-def test_a_server_is_compared_with_the_expert_that_it_serves(built: Path) -> None:
+def test_a_server_is_compared_with_the_expert_that_it_serves(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixture = moqe.load(built)
     assert isinstance(mixture, LanguageMixture)
     first, other = (mixture.runtime(name) for name in mixture.experts[:2])
+    expected = first.generate(torch.tensor([[7, 11, 13]]), 6)
+    monkeypatch.setattr(other, "generate", lambda prompt, new: [-1, *expected[1:new]])
+    monkeypatch.setattr(first, "generate", lambda prompt, new: expected[:new])
     windows = make_splits(mixture.recipe.data, mixture.tokenizer, mixture.recipe.seed, Silent()).test.tokens[:3]
     found = compare({"first": first, "again": first, "other": other}, windows, 6)
-    assert found["first"] == found["again"] == (1.0, 6)
     ratio = float(other.score(windows).double().mean() - first.score(windows).double().mean())
-    assert found["other"][0] == pytest.approx(np.exp(ratio)) != 1.0
-    pairs = zip(first.generate(windows[:1, :40], 6), other.generate(windows[:1, :40], 6), strict=True)
-    assert found["other"][1] == sum(mine == theirs for mine, theirs in pairs)
+    assert found["first"] == found["again"] == (1.0, 6)
+    assert found["other"] == (pytest.approx(np.exp(ratio)), 5)
+    assert ratio != 0.0
 
 
 @pytest.mark.parametrize(
