@@ -1,6 +1,6 @@
 """PyTorch's ways to multiply a few rows by int8 weights, on as many weights as come from memory and not from a cache.
 
-    python -m benchmarks.int8_products [--rows 1 512] [--threads 2] [--rounds 11] [--out docs/performance.md]
+    python -m benchmarks.int8_products [--rows 1 8 512] [--threads 2] [--rounds 11] [--out docs/performance.md]
 
 Weights have SmolLM2-135M's shapes, all of its 30 blocks (106 MB). Every contestant holds its own copy; products are
 made one after the other, as in decoding, without what lies between them. FBGEMM's and oneDNN's products are given the
@@ -31,6 +31,11 @@ def integers(weight: Tensor) -> Multiply:
     """`torch._int_mm`, which the packed runtime uses for many rows."""
     transposed = weight.t()
     return lambda x: torch._int_mm(x.to(torch.int8), transposed)
+
+
+def columns(weight: Tensor) -> Multiply:
+    """The same with the weight on the left, which it uses for few rows."""
+    return lambda x: torch._int_mm(weight, x.to(torch.int8).t()).t()
 
 
 def vectors(weight: Tensor) -> Multiply:
@@ -68,6 +73,7 @@ def floats(dtype: torch.dtype, weight: Tensor) -> Multiply:
 
 WAYS: dict[str, Callable[[Tensor], Multiply]] = {
     REFERENCE: integers,
+    f"{REFERENCE}, inputs as columns": columns,
     "_weight_int8pack_mm": vectors,
     "FBGEMM": fbgemm,
     "oneDNN qlinear": onednn,
@@ -106,7 +112,7 @@ def measure(rows: int, rounds: int, seconds_per_turn: float) -> list[list[str]]:
 def main() -> None:
     """Read the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 512])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds-per-turn", type=float, default=0.3)

@@ -108,6 +108,23 @@ def test_digits_hold_what_float32_holds(seed: int, rows: int, exponent: float) -
         kernels = pack_kernels(weight, precision, PackedCodes())
         assert isinstance(kernels, ByteKernels)
         assert ((kernels.digits(x).double() - expected).abs() <= bound * digits).all()
+        assert torch.equal(kernels.digits(x, columns=True), kernels.digits(x))
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_inputs_as_columns_give_the_same_bits(activation_bits: int, symmetric: bool) -> None:
+    target = Scheme("made up", 8, activation_bits, symmetric=symmetric, group_size=0)
+    kernels = pack_kernels(grouped_weight(random_codes(128, 256, target)), torch.bfloat16, PackedCodes())
+    for rows, tried in ((1, True), (64, True), (65, False)):
+        candidates = kernels.candidates(rows)
+        name = next(iter(candidates))
+        assert (f"{name} as columns" in candidates) == tried
+        x = torch.randn(rows, 256)
+        if tried:
+            found = candidates[f"{name} as columns"](x)
+            assert found.is_contiguous()
+            assert torch.equal(found, candidates[name](x))
 
 
 @TILES

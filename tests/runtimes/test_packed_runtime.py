@@ -133,9 +133,9 @@ def test_architectures_are_run_as_transformers_does(architecture: str, tied: boo
     assert steps == ReferenceRuntime(model).generate(TOKENS[:1, :5], 6)
 
 
-@pytest.mark.parametrize("forced", ["tiles", "bags", "digits", "vectors", "unpacked"])
+@pytest.mark.parametrize("forced", ["tiles", "bags", "digits", "digits as columns", "vectors", "unpacked"])
 def test_kernels_agree_whichever_is_chosen(model: Any, forced: str) -> None:
-    target = SCHEMES[3] if forced in ("digits", "vectors") else SCHEMES[1]
+    target = SCHEMES[3] if forced in ("digits", "digits as columns", "vectors") else SCHEMES[1]
     files = MemoryFiles(model, target)
     runtime = packed(model, files, FLOAT32 if forced == "bags" else BFLOAT16, forced)
     found = packed_steps(runtime, TOKENS[0])
@@ -160,8 +160,14 @@ def test_steps_give_what_the_whole_text_gives(model: Any) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("default:.*torch.jit:DeprecationWarning")  # torch's own, where it loads its compiler
-@pytest.mark.parametrize("target", [SCHEMES[1], SCHEMES[4]], ids=["w4a16", "w8a8"])
-def test_compiled_steps_give_what_others_give(model: Any, target: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("target", "forced"),
+    [(SCHEMES[1], "tiles"), (SCHEMES[4], "integers"), (SCHEMES[4], "integers as columns")],
+    ids=["w4a16", "w8a8", "w8a8 as columns"],
+)
+def test_compiled_steps_give_what_others_give(
+    model: Any, target: Scheme, forced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps, counted = compiled_step(), Counter[str]()
 
     def counting(*arguments: Any) -> None:
@@ -170,8 +176,8 @@ def test_compiled_steps_give_what_others_give(model: Any, target: Scheme, monkey
 
     monkeypatch.setattr(decoder, "compiled_step", lambda: counting)
     files = MemoryFiles(model, target, kept="k_proj")
-    plain = packed(model, files, BFLOAT16)
-    compiled = PackedRuntime(PackedSkeleton(model, BFLOAT16, Choice(), compiled=True), files)
+    plain = packed(model, files, BFLOAT16, forced)
+    compiled = PackedRuntime(PackedSkeleton(model, BFLOAT16, Choice(forced), compiled=True), files)
     assert (plain.name, compiled.name) == ("packed", "packed-compiled")
     tokens = TOKENS[0, :12]
     assert divergence(packed_steps(plain, tokens), packed_steps(compiled, tokens)) < 1e-4

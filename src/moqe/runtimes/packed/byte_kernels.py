@@ -3,8 +3,9 @@
 `torch._int_mm` multiplies int8 by int8 into int32, exactly. For w8a8 that is the layer's own arithmetic. For w8a16 the
 input is written in digits: x = s (q1 + q2 / 254 + q3 / 254^2 + ...), every q an int8, the digits of a token as rows
 of one product. Two digits hold 16 bits of the token's largest value, twice what bfloat16 holds; three hold as many as
-float32, and the weight is still read once. Where few rows are multiplied and results in bfloat16 are enough, so is
-`_weight_int8pack_mm`.
+float32, and the weight is still read once. The same sums are the product of the weight with inputs as columns,
+W x^T, which is faster for a few inputs. Where few rows are multiplied and results in bfloat16 are enough,
+`_weight_int8pack_mm` is another way.
 
 Codes of fewer bits or wider groups of the same kind run here too; they take a byte in memory.
 """
@@ -12,6 +13,7 @@ Codes of fewer bits or wider groups of the same kind run here too; they take a b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from moqe.runtimes.packed.weight import GroupedWeight
 _DIGITS = {torch.float32: 3, torch.bfloat16: 2}
 _BASE = 254.0  # two neighbouring digits: a remainder of half a step is 127 steps of the next one
 _FEW = 16  # rows up to which a kernel for vectors is worth a trial
+_COLUMNS = 64  # inputs up to which having the weight on the left is worth one
 _ELEMENTS = 1 << 19  # results computed at once
 _TINY = torch.finfo(torch.float32).tiny  # the scale of a token that is all zeros
 _GPU_ROWS = 17  # the fewest that the integer product of CUDA takes
@@ -44,24 +47,28 @@ class ByteKernels:
         self.kind = f"bytes a{self.activation_bits} {precision}"
 
     def candidates(self, rows: int) -> Mapping[str, Multiply]:
-        """Integers, rounded to or in digits; and a kernel for few rows."""
+        """Integers, rounded to or in digits; of few rows with the weight on the left too, and by a kernel for them."""
         name, multiply = ("digits", self.digits) if self.activation_bits == 16 else ("integers", self.integers)
-        if rows <= _FEW and self.precision == torch.bfloat16 and self._codes.device.type == "cpu":
-            return {name: multiply, "vectors": self.vectors}
-        return {name: multiply}
+        found: dict[str, Multiply] = {name: multiply}
+        if self._codes.device.type == "cpu":
+            if rows <= _COLUMNS:
+                found[f"{name} as columns"] = partial(multiply, columns=True)
+            if rows <= _FEW and self.precision == torch.bfloat16:
+                found["vectors"] = self.vectors
+        return found
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Codes, scales and shifts."""
         shift = () if self._shift is None else (self._shift,)
         return (self._codes, self._scale, self._few_scale, *shift)
 
-    def integers(self, x: Tensor) -> Tensor:
+    def integers(self, x: Tensor, columns: bool = False) -> Tensor:
         """Inputs rounded per token as `quantize_activations` does, then multiplied as integers: float32."""
-        return self._in_parts(self._integers, x)
+        return self._in_parts(partial(self._integers, columns=columns), x)
 
-    def digits(self, x: Tensor) -> Tensor:
+    def digits(self, x: Tensor, columns: bool = False) -> Tensor:
         """Inputs as digits, a row each: float32."""
-        return self._in_parts(self._digits, x)
+        return self._in_parts(partial(self._digits, columns=columns), x)
 
     def vectors(self, x: Tensor) -> Tensor:
         """By a kernel that reads the weight for every row; rounded inputs are exact in bfloat16: any float type."""
@@ -90,12 +97,12 @@ class ByteKernels:
         scale = x.abs().amax(-1, True).div_(half - 0.5).clamp_min_(_TINY)
         return (x / scale).clamp_max_(half - 1).round_(), scale  # the lowest one rounds to -half by itself
 
-    def _integers(self, x: Tensor) -> Tensor:
+    def _integers(self, x: Tensor, columns: bool) -> Tensor:
         codes, scale = self._rounded(x)
-        product = self._product(codes.to(torch.int8)).mul_(scale).mul_(self._scale)
+        product = self._product(codes.to(torch.int8), columns).mul_(scale).mul_(self._scale)
         return product if self._shift is None else product.addmm_(codes.sum(-1, True) * scale, self._shift[None])
 
-    def _digits(self, x: Tensor) -> Tensor:
+    def _digits(self, x: Tensor, columns: bool) -> Tensor:
         x = x.to(torch.float32)
         rows, count = x.shape[0], _DIGITS[self.precision]
         scale = x.abs().amax(-1, True).div_(127.0).clamp_min_(_TINY)
@@ -106,15 +113,18 @@ class ByteKernels:
             codes[digit] = whole
             if digit + 1 < count:
                 rest = rest.sub_(whole).mul_(_BASE)
-        parts = self._product(codes.view(count * rows, -1)).view(count, rows, -1)
+        parts = self._product(codes.view(count * rows, -1), columns).view(count, rows, -1)
         product = parts[count - 1]
         for digit in range(count - 2, -1, -1):
             product = torch.add(parts[digit], product, alpha=1 / _BASE)
         product = product.mul_(scale).mul_(self._scale)
         return product if self._shift is None else product.addmm_(x.sum(-1, True), self._shift[None])
 
-    def _product(self, codes: Tensor) -> Tensor:
+    def _product(self, codes: Tensor, columns: bool) -> Tensor:
         """int8, (rows, in), times the weight: whole numbers in float32, (rows, out)."""
+        if columns:
+            sums = torch._int_mm(self._codes, codes.t())  # (out, rows)
+            return sums.t().to(torch.float32, memory_format=torch.contiguous_format)
         lacking = _GPU_ROWS - codes.shape[0] if codes.device.type == "cuda" else 0
         if lacking <= 0:
             return torch._int_mm(codes, self._transposed).to(torch.float32)
