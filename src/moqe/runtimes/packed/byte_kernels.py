@@ -4,8 +4,8 @@
 input is written in digits: x = s (q1 + q2 / 254 + q3 / 254^2 + ...), every q an int8, the digits of a token as rows
 of one product. Two digits hold 16 bits of the token's largest value, twice what bfloat16 holds; three hold as many as
 float32, and the weight is still read once. The same sums are the product of the weight with inputs as columns,
-W x^T, which is faster for a few inputs. Where few rows are multiplied and results in bfloat16 are enough,
-`_weight_int8pack_mm` is another way.
+W x^T, which is faster for a few inputs; for more, turning the result costs what that saves. Where few rows are
+multiplied and results in bfloat16 are enough, `_weight_int8pack_mm` is another way.
 
 Codes of fewer bits or wider groups of the same kind run here too; they take a byte in memory.
 """
@@ -23,8 +23,7 @@ from moqe.runtimes.packed.weight import GroupedWeight
 
 _DIGITS = {torch.float32: 3, torch.bfloat16: 2}
 _BASE = 254.0  # two neighbouring digits: a remainder of half a step is 127 steps of the next one
-_FEW = 16  # rows up to which a kernel for vectors is worth a trial
-_COLUMNS = 64  # inputs up to which having the weight on the left is worth one
+_FEW = 16  # rows up to which a kernel for vectors, or inputs as columns, is worth a trial
 _ELEMENTS = 1 << 19  # results computed at once
 _TINY = torch.finfo(torch.float32).tiny  # the scale of a token that is all zeros
 _GPU_ROWS = 17  # the fewest that the integer product of CUDA takes
@@ -50,10 +49,9 @@ class ByteKernels:
         """Integers, rounded to or in digits; of few rows with the weight on the left too, and by a kernel for them."""
         name, multiply = ("digits", self.digits) if self.activation_bits == 16 else ("integers", self.integers)
         found: dict[str, Multiply] = {name: multiply}
-        if self._codes.device.type == "cpu":
-            if rows <= _COLUMNS:
-                found[f"{name} as columns"] = partial(multiply, columns=True)
-            if rows <= _FEW and self.precision == torch.bfloat16:
+        if rows <= _FEW and self._codes.device.type == "cpu":
+            found[f"{name} as columns"] = partial(multiply, columns=True)
+            if self.precision == torch.bfloat16:
                 found["vectors"] = self.vectors
         return found
 
