@@ -61,7 +61,7 @@ ONLY: dict[str, dict[type[Options], frozenset[str]]] = {
         Data: frozenset({"window", "calibration_precision"}),
         Expert: frozenset({"checkpoint", "calibration", "sequential", "on_unsupported", "block_fallback"})
         | {"group_size", "symmetric", "scale_bits", "gptq", "awq", "smoothquant", "rtn", "codes_of", "distill"},
-        Router: frozenset({"layers", "heads", "dropout", "max_tokens"}),
+        Router: frozenset({"layers", "heads", "dropout", "max_tokens", "precision"}),
         Specialists: frozenset({"group_size", "symmetric", "memory", "distill"}),
     },
     "image-classification": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,7 +36,11 @@ class Router(Options):
     expert where the first is unsure, as long as the mean cost, in forward passes of an expert per image, stays within
     `max_cost`; `feature` is what the router sees, the base model's first stage, pooled, or the penultimate features of
     the recipe's first expert; `loss` is what it is trained on.
+
+    `precision` is of the products of a text's networks in training, `auto` is bfloat16 where the processor has it.
     """
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"precision"})
 
     preset: Literal["paper", "tuned"] = "tuned"
     objective: Literal["cross_entropy", "expected_loss", "centred_regression"] | None = None
@@ -56,6 +60,7 @@ class Router(Options):
     loss: Literal["cross_entropy", "zero_one"] = "cross_entropy"
     policy: Policy = "route"
     max_cost: float = Field(1.1, ge=1.0, le=2.0)
+    precision: Literal["auto", "float32", "bfloat16"] | None = None
 
 
 class Protocol(Options):

@@ -224,6 +224,26 @@ def test_what_the_recipe_sets_replaces_the_preset(planted):
     assert [candidate.name for candidate in only.candidates] == ["network-centred_regression"]
 
 
+def test_the_papers_text_network_trains_in_what_the_processor_has_and_the_recipe_has_the_last_word(
+    planted, monkeypatch
+):
+    seen: dict[str, str] = {}
+    original = module.train_network
+
+    def spy(make, train, validation, training, seed, name, epoch_done):
+        seen[name] = training.precision
+        return original(make, train, validation, training, seed, name, epoch_done)
+
+    monkeypatch.setattr(module, "train_network", spy)
+    train, validation = planted(24, 0.2, 1), planted(16, 0.2, 2)
+    fit_paper(Options(epochs=1), train, validation, 0)
+    fit_tuned(Options(epochs=1, objective="expected_loss"), train, validation, 0)
+    assert seen == {"paper": "auto", "network-expected_loss": "float32"}
+    fit_paper(Options(epochs=1, precision="float32"), train, validation, 0)
+    fit_tuned(Options(epochs=1, objective="expected_loss", precision="bfloat16"), train, validation, 0)
+    assert seen == {"paper": "float32", "network-expected_loss": "bfloat16"}
+
+
 def test_balance_is_the_papers_and_only_on_request_in_tuned(planted, monkeypatch):
     seen: dict[str, Balance | None] = {}
     original = module.train_network

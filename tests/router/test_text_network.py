@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moqe.errors import RecipeError
-from moqe.router.text_network import SelfAttention, TextNetwork, average_segments
+from moqe.router.text_network import EncoderLayer, SelfAttention, TextNetwork, average_segments
 
 
 def test_the_papers_size():
@@ -59,6 +59,27 @@ def test_attention_by_hand():
         query, key, value = (part(x[0])[:, head] for part in (attention.query, attention.key, attention.value))
         heads.append((query @ key.T / 2.0).softmax(1) @ value)  # sqrt(8 / 2) = 2
     torch.testing.assert_close(attention(x)[0], attention.projection(torch.cat(heads, 1)))
+
+
+def test_a_layer_computes_in_training_what_torchs_computes():
+    torch.manual_seed(0)
+    layer = EncoderLayer(16, 4, 0.0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(3, 7, 16)
+    assert layer.training
+    torch.testing.assert_close(layer(x), torch.nn.TransformerEncoderLayer.forward(layer, x))
+    torch.testing.assert_close(layer(x), layer.eval()(x))
+
+
+def test_a_layer_drops_on_weights_outputs_and_within_the_feed_forward():
+    torch.manual_seed(0)
+    layer = EncoderLayer(32, 4, 0.5)
+    own, torchs = (
+        torch.stack([forward(torch.ones(64, 16, 32).cumsum(1).sin()).detach() for _ in range(40)]).std(0).mean()
+        for forward in (layer, lambda x: torch.nn.TransformerEncoderLayer.forward(layer, x))
+    )
+    torch.testing.assert_close(own, torchs, rtol=0.01, atol=0.0)
 
 
 def test_segments_are_means_of_runs():

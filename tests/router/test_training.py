@@ -78,6 +78,20 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(planted):
     assert min(losses[-2:]) > min(losses)
 
 
+def test_products_may_be_rounded_in_training_and_weights_are_not(planted):
+    test = planted(120, 0.1, 3)
+    examples, validation = planted(120, 0.1, 1), planted(40, 0.1, 2)
+    exact, _ = train(examples, validation, OPTIONS)
+    rounded, _ = train(examples, validation, replace(OPTIONS, precision="bfloat16"))
+    first, other = (next(router.network.encoder.parameters()) for router in (exact, rounded))
+    assert other.dtype == torch.float32
+    assert not torch.equal(first, other)
+    predicted = rounded.predict(test.features)
+    assert predicted.dtype == torch.float32
+    value = float(realised_losses(test.losses, choose(predicted)).mean())
+    assert value < float(test.losses[:, test.best_single].mean()) - 0.03
+
+
 def test_cosine_goes_from_one_to_zero():
     factor = cosine(10)
     assert factor(0) == 1.0

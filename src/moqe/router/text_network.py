@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moqe.errors import RecipeError
+from moqe.router.dropout import attention, dropout
 
 
 class RoutingNetwork(nn.Module):
@@ -41,24 +42,40 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dimension: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.attention_dropout = heads, dropout
+        self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(dimension, dimension)
         self.key = nn.Linear(dimension, dimension)
         self.value = nn.Linear(dimension, dimension)
         self.projection = nn.Linear(dimension, dimension)
-        self.projection_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, dimension) -> (b, t, dimension)."""
-        batch, tokens, dimension = x.shape
-        shape = (batch, tokens, self.heads, dimension // self.heads)
         query, key, value = (
-            projection(x).view(shape).transpose(1, 2) for projection in (self.query, self.key, self.value)
+            split_heads(projection(x), self.heads) for projection in (self.query, self.key, self.value)
         )
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # (b, heads, t, d/heads)
-        out: Tensor = self.projection_dropout(self.projection(mixed.transpose(1, 2).flatten(2)))
-        return out
+        mixed = attention(query, key, value, self.dropout, self.training)  # (b, heads, t, d/heads)
+        return dropout(self.projection(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """torch's pre-norm layer with GELU, which in training draws its dropout masks as `moqe.router.dropout` does."""
+
+    def __init__(self, dimension: int, heads: int, dropout: float) -> None:
+        super().__init__(dimension, heads, 2 * dimension, dropout, activation="gelu", batch_first=True, norm_first=True)
+        self.rate = dropout
+
+    def forward(self, src: Tensor) -> Tensor:  # type: ignore[override]  # there is nothing to mask
+        """(b, t, dimension) -> the same shape."""
+        if not self.training:
+            out: Tensor = super().forward(src)
+            return out
+        own = self.self_attn
+        projected = functional.linear(self.norm1(src), own.in_proj_weight, own.in_proj_bias)
+        query, key, value = (split_heads(part, own.num_heads) for part in projected.chunk(3, -1))
+        mixed = own.out_proj(attention(query, key, value, self.rate, True).transpose(1, 2).flatten(2))
+        x = src + dropout(mixed, self.rate, True)
+        inner = dropout(functional.gelu(self.linear1(self.norm2(x))), self.rate, True)
+        return x + dropout(self.linear2(inner), self.rate, True)
 
 
 class TextNetwork(RoutingNetwork):
@@ -97,12 +114,7 @@ class TextNetwork(RoutingNetwork):
         }
         self.max_tokens, self.segment = max_tokens, segment
         self.entry = nn.Identity() if width is None else nn.Linear(dimension, width)
-        self.encoder = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                inner, heads, 2 * inner, dropout, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(layers)
-        )
+        self.encoder = nn.ModuleList(EncoderLayer(inner, heads, dropout) for _ in range(layers))
         self.attention = SelfAttention(inner, heads, dropout)
         self.norm = nn.LayerNorm(inner)
         self.head = nn.Sequential(nn.Linear(inner, inner // 2), nn.GELU(), nn.Linear(inner // 2, experts))
@@ -115,6 +127,11 @@ class TextNetwork(RoutingNetwork):
         x = self.norm(x + self.attention(x))  # (b, t, inner)
         logits: Tensor = self.head(x.mean(1))
         return logits
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(b, t, d) -> (b, heads, t, d / heads)."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def average_segments(x: Tensor, segment: int) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moqe.errors import NumericalError, RecipeError
+from moqe.models.device import mixed_precision, product_dtype
 from moqe.progress import Advance
 from moqe.recipe import Balance
 from moqe.router.balance import Gate
@@ -39,6 +40,7 @@ class TrainingOptions:
 
     batch_size counts samples in one pass, accumulation the passes in one step of the optimizer. `balance` None trains
     without balance. `patience` stops after so many epochs in a row that were worse than the best; None never stops.
+    `precision` is what products are computed in while training, as in `moqe.models.device.product_dtype`.
     """
 
     objective: str
@@ -49,6 +51,7 @@ class TrainingOptions:
     weight_decay: float
     balance: Balance | None
     patience: int | None = None
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def _train(
     epoch_done: Advance | None,
 ) -> tuple[NetworkRouter, tuple[Epoch, ...]]:
     order = torch.Generator().manual_seed(seed)
+    dtype = product_dtype(str(next(network.parameters()).device), options.precision)
     centred = train.centred
     spread = float(centred.square().mean().sqrt()) or 1.0  # nats; all experts equal: any scale will do
     targets = (centred / spread).float()
@@ -114,7 +118,7 @@ def _train(
         total = 0.0
         for step, rows in enumerate(torch.split(shuffled, options.batch_size * options.accumulation)):
             annealing = 1.0 - (epoch * steps_per_epoch + step) / (options.epochs * steps_per_epoch)
-            total += _step(network, gate, optimizer, train, targets, rows, annealing, options)
+            total += _step(network, gate, optimizer, train, targets, rows, annealing, options, dtype)
             schedule.step()
         router = _router(network, gate, options, spread, name)
         loss = float(realised_losses(validation.deciding.double(), choose(router.predict(validation.features))).mean())
@@ -139,13 +143,16 @@ def _step(
     rows: Tensor,
     annealing: float,
     options: TrainingOptions,
+    dtype: torch.dtype,
 ) -> float:
     """One optimizer step on the samples at `rows`; returns the objective summed over them."""
     objective: Objective = OBJECTIVES[options.objective]
     optimizer.zero_grad()
     total = 0.0
     for part in torch.split(rows, options.batch_size):
-        logits = network(train.features.batch(part))
+        features = train.features.batch(part)
+        with mixed_precision(dtype, features.device):
+            logits = network(features).float()
         wanted = targets[part.to(targets.device)].to(logits.device)
         gated = logits if gate is None else gate(logits, annealing)
         loss = objective(gated, wanted)
