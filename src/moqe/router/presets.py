@@ -10,8 +10,7 @@ fold would cost more than everything else together.
 Values a recipe sets replace the preset's; under `tuned` they apply to the networks, and a set objective leaves only the
 network with that one.
 
-The paper's text network is trained with products in bfloat16 where the processor has them, which takes 0.6 to 0.7 of
-the time.
+The paper's text network is trained with products in bfloat16 where the processor has them.
 
 Compute is capped: without `router.epochs` in the recipe the number of epochs is lowered, with a warning, until training
 is estimated at no more than `MAX_MULTIPLICATIONS`.
