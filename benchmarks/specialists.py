@@ -30,7 +30,7 @@ from rich.console import Console
 
 from benchmarks.domain_texts import DOMAINS, write_domain_texts
 from benchmarks.language import score
-from benchmarks.specialists_held_out import held_out_routing
+from benchmarks.specialists_held_out import held_out_routing, shorter_prompts
 from benchmarks.specialists_memory import memory_curve
 from benchmarks.specialists_runs import KEPT, keep, read_kept, take_over
 from benchmarks.specialists_tables import BEST, GENERALIST, GROUP, LABEL, MATCHED, TEXT, sections
@@ -176,8 +176,8 @@ def route(
     return {BEST: names[best], "share": share}
 
 
-def measure_more(recipe: Recipe, folder: Path, seed: int, bars: Bars) -> None:
-    """What takes experts that are there: the curve of memory, and routing where a domain is new to the router."""
+def measure_more(recipe: Recipe, folder: Path, bars: Bars) -> None:
+    """What takes experts that are there: the curve of memory, and routing of unknown domains and of few tokens."""
     found = read_json(folder / "outcomes.json")
     task = LanguageTask(recipe, folder)
     protocol = task.protocols[0]
@@ -187,7 +187,9 @@ def measure_more(recipe: Recipe, folder: Path, seed: int, bars: Bars) -> None:
         curve = memory_curve(task, folder, found["protocols"][protocol], protocol, bars)
         write_json(folder / "memory.json", curve)
     if task.recipe.specialists.by == "domain" and not (folder / "held-out.json").exists():
-        write_json(folder / "held-out.json", held_out_routing(task, folder / "losses.parquet", protocol, seed))
+        write_json(folder / "held-out.json", held_out_routing(task, folder / "losses.parquet", protocol))
+    if task.recipe.specialists.by == "domain" and not (folder / "prompts.json").exists():
+        write_json(folder / "prompts.json", shorter_prompts(task, folder / "losses.parquet", protocol))
 
 
 def way(name: str) -> str:
@@ -255,7 +257,7 @@ def main() -> None:
         console.print(f"taken over: {what}")
     measure(recipe, folder, options.seed, bars)
     if options.variant != MATCHED and not options.hold_out:
-        measure_more(recipe, folder, options.seed, bars)
+        measure_more(recipe, folder, bars)
     conditions = {name: getattr(options, name) for name in CONDITIONS.split()}
     keep(folder, options.kept, kind, conditions)
     for name, content in sections(read_kept(options.kept)).items():

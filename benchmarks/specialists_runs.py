@@ -28,7 +28,7 @@ _DIGITS = 6  # of a window's several hundred nats: a hundred-thousandth of a nat
 def keep(folder: Path, kept: Path, kind: str, conditions: dict[str, Any]) -> None:
     """Write the outcomes of the run in `folder` to `kept`, with the options it was made with."""
     found: Outcomes = read_json(folder / "outcomes.json")
-    for name in ("memory", "held-out"):
+    for name in ("memory", "held-out", "prompts"):
         if (folder / f"{name}.json").exists():
             found[name] = read_json(folder / f"{name}.json")
     path = kept / kind / f"seed-{found['seed']}.json"

@@ -114,9 +114,8 @@ def section(bits: int, variant: str, found: list[Outcomes], hold_out: str) -> st
         text.append(clusters(found))
     if "rounds" in variant:
         text.append(alternation(found))
-    text += [
-        made(found) for made, name in ((memory, "memory"), (held_out, "held-out")) if all(name in x for x in found)
-    ]
+    more = {"memory": memory, "held-out": held_out, "prompts": prompts}
+    text += [made(found) for name, made in more.items() if all(name in one for one in found)]
     return "\n\n".join(text)
 
 
@@ -187,6 +186,36 @@ def held_out(found: list[Outcomes]) -> str:
         "**Unknown to the router**: without the domain's specialist, routers fitted to the others only. "
         f"(Experts' calibration had seen it.)\n\n{table(header, rows)}"
     )
+
+
+def prompts(found: list[Outcomes]) -> str:
+    """What the mixture wins where routers see fewer tokens, and loses on the domain that they do not know."""
+    rows = []
+    for tokens in sorted(found[0]["prompts"]["known"]["tokens"], key=int, reverse=True):
+        cells = [tokens]
+        known, *unknown = ([one["prompts"]["known"] for one in found], *_unknown(found))
+        bounds = []
+        for parts in (known, *unknown):
+            count, document = (np.concatenate([np.asarray(one[key]) for one in parts]) for key in ("count", "document"))
+            loss = np.concatenate([np.asarray(one["tokens"][tokens]["loss"]) for one in parts])
+            (bound,) = intervals(document, loss[:, None], count, RESAMPLES, 0, differences=True)
+            bounds.append((bound, float(np.mean([one["tokens"][tokens]["generalist"] for one in parts]))))
+        names = ["", *found[0]["prompts"]["unknown"]]
+        worst = max(range(1, len(bounds)), key=lambda at: bounds[at][0].value)
+        for at in (0, worst):
+            bound, share = bounds[at]
+            cells += [f"{names[at]} {signed_interval(bound)}".strip(), f"{100 * share:.0f} %"]
+        rows.append(cells)
+    header = ["tokens seen", "known domains, minus generalist [95 %]", "to the generalist"]
+    header += ["worst unknown domain, minus generalist [95 %]", "to the generalist"]
+    return (
+        f"**Shorter prompts**: the classifier of domains, which was fitted to the most tokens.\n\n{table(header, rows)}"
+    )
+
+
+def _unknown(found: list[Outcomes]) -> list[list[dict[str, Any]]]:
+    """What every run says of each domain that routers did not know."""
+    return [[one["prompts"]["unknown"][domain] for one in found] for domain in found[0]["prompts"]["unknown"]]
 
 
 def by_domain(ways: dict[str, NDArray[np.float64]], document: NDArray[Any], count: Any, domain: Any) -> str:

@@ -18,7 +18,7 @@ from benchmarks.mixture_perplexity import losses, read_windows
 from benchmarks.own_process import RuntimeProcess
 from benchmarks.server_perplexity import compare
 from benchmarks.specialists_runs import keep, read_kept, take_over
-from benchmarks.specialists_tables import BEST, GENERALIST, LABEL, MIXTURE, claim, pooled, section, sections
+from benchmarks.specialists_tables import BEST, GENERALIST, LABEL, MIXTURE, claim, pooled, prompts, section, sections
 from benchmarks.tables import write_section
 
 import moqe
@@ -180,6 +180,23 @@ def test_what_clusters_and_rounds_did_is_listed() -> None:
     assert "| for-cluster-1 | 0 | 7 | `def`, `self` |" in found["4-text+clusters"]
     assert "follows base and text" in found["4-text+clusters"]
     assert "0.5000 → 0.4000" in found["4-rounds"]
+
+
+def test_shorter_prompts_are_pooled_over_seeds_and_show_the_worst_unknown_domain() -> None:
+    def entry(nats: float, share: float) -> dict[str, Any]:
+        windows = {"count": [50] * 4, "document": ["a", "a", "b", "b"]}
+        return windows | {"tokens": {"64": {"loss": [50 * nats] * 4, "generalist": share}}}
+
+    runs = [
+        {"prompts": {"known": entry(known, 0.25), "unknown": {"code": entry(0.001, 0.5), "mail": entry(mail, share)}}}
+        for known, mail, share in ((-0.02, 0.003, 0.5), (-0.01, 0.005, 0.7))
+    ]
+    row = prompts(runs).splitlines()[-1]
+    assert "\N{MINUS SIGN}0.0150" in row
+    assert "| 25 % |" in row
+    assert "mail +0.0040" in row
+    assert "| 60 % |" in row
+    assert "code" not in row
 
 
 def test_variants_stand_beside_specialists_by_domain_on_the_same_windows() -> None:

@@ -69,7 +69,7 @@ def test_a_generalist_is_named_and_what_went_to_it(place: MixtureFolder, recipe:
     assert gather(place, recipe, ("whole",), metric).to_beat == "the best single expert"
     selection = read_json(place.router("whole") / "selection.json")
     selection["generalist"] = "theirs"
-    selection["tuned"]["novelty"] = {"quantile": 0.99, "threshold": 1.5, "neighbours": 5, "novel": 0.0125}
+    selection["tuned"]["novelty"] = {"quantile": 0.99, "levels": [[64, 1.5, 1.0]], "neighbours": 5, "novel": 0.0125}
     write_json(place.router("whole") / "selection.json", selection)
     context = gather(place, recipe, ("whole",), metric)
     assert context.to_beat == "theirs"

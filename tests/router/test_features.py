@@ -35,6 +35,27 @@ def test_views_show_the_same_samples(embedding):
         assert torch.equal(chosen.pooled(), whole.pooled()[index])
 
 
+def test_the_first_tokens_of_every_view(embedding):
+    first, second = TokenFeatures(tokens(4, 1), embedding), TokenFeatures(tokens(3, 2), embedding)
+    joined, rows = JoinedFeatures(first, second), torch.tensor([6, 0, 5])
+    chosen = SelectedFeatures(joined, rows)
+    assert (first.length, joined.length, chosen.length) == (5, 5, 5)
+    cut = torch.cat([first.tokens, second.tokens])[:, :2]
+    expected = TokenFeatures(cut, embedding).pooled()
+    assert torch.equal(joined.first(2).pooled(), expected)
+    assert torch.equal(chosen.first(2).pooled(), expected[rows])
+    assert chosen.first(2).length == 2
+    vectors = VectorFeatures(torch.randn(3, 4))
+    assert vectors.length is None
+    assert vectors.first(2) is vectors
+
+
+def test_joining_samples_of_different_lengths_is_an_error(embedding):
+    features = TokenFeatures(tokens(2, 1), embedding)
+    with pytest.raises(DataError, match="samples of 5 and 2 tokens"):
+        JoinedFeatures(features, features.first(2))
+
+
 def test_joining_different_dimensions_is_an_error(embedding):
     with pytest.raises(DataError, match="dimension 6 and 3"):
         JoinedFeatures(TokenFeatures(tokens(2, 1), embedding), TokenFeatures(tokens(2, 1), embedding[:, :3]))

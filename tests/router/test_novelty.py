@@ -57,7 +57,7 @@ def test_a_line_of_points_by_hand():
     among = (0 + 1 + 1 + 2 + 2) / 5 / ((1.8 + 1.8 + 2.2 + 2.2 + 3.0) / 5)
     measured = found.measure(VectorFeatures(torch.tensor([[6.0], [2.0]])))
     assert measured.tolist() == pytest.approx([beyond, among], rel=1e-6)
-    assert found.threshold == pytest.approx((beyond + among) / 2, rel=1e-6)
+    assert found.levels[0].threshold == pytest.approx((beyond + among) / 2, rel=1e-6)
     assert found.novel(VectorFeatures(torch.tensor([[6.0], [2.0]]))).tolist() == [True, False]
 
 
@@ -128,7 +128,7 @@ def labelled(n: int, seed: int) -> RoutingExamples:
 def test_what_is_of_no_certain_kind_is_novel_where_there_are_labels(tmp_path: Path):
     between = VectorFeatures(torch.zeros(1, 8))
     apart = fit_novelty(labelled(200, 0), labelled(200, 1), 0.99)
-    assert not bool(apart.measure(between) > apart.threshold)  # it lies near enough
+    assert not bool(apart.measure(between) > apart.levels[0].threshold)  # it lies near enough
     assert bool(apart.novel(between).all())
     known = labelled(400, 2).features
     assert float(apart.novel(known).float().mean()) < 0.08

@@ -23,6 +23,13 @@ class Features(Protocol):
     def pooled(self) -> Tensor:
         """One vector per sample: float32, (n, dimension); the mean over tokens where there are tokens."""
 
+    @property
+    def length(self) -> int | None:
+        """Tokens of every sample; None where a sample is one vector."""
+
+    def first(self, tokens: int | None) -> Features:
+        """The same samples seen by their first tokens alone; vectors are as they are."""
+
 
 class TokenFeatures:
     """Frozen input embeddings of the base model for windows of tokens.
@@ -50,6 +57,15 @@ class TokenFeatures:
             self._pooled = torch.cat([self.batch(part).mean(1) for part in rows])
         return self._pooled
 
+    @property
+    def length(self) -> int:
+        """Tokens of every sample."""
+        return int(self.tokens.shape[1])
+
+    def first(self, tokens: int | None) -> TokenFeatures:
+        """As in `Features`."""
+        return self if tokens == self.length else TokenFeatures(self.tokens[:, :tokens], self.embedding, self.device)
+
 
 class VectorFeatures:
     """One vector per sample, such as what a network's stem or penultimate layer makes of an image.
@@ -74,6 +90,15 @@ class VectorFeatures:
         """The vectors: float32, (n, dimension)."""
         return self.vectors.to(self.device).float()
 
+    @property
+    def length(self) -> None:
+        """As in `Features`."""
+        return None
+
+    def first(self, tokens: int | None) -> VectorFeatures:
+        """As in `Features`."""
+        return self
+
 
 class SelectedFeatures:
     """The samples at `rows`, int64 (m,), of other features, as a view."""
@@ -93,11 +118,20 @@ class SelectedFeatures:
         """As in `Features`."""
         return self.features.pooled()[self.rows]
 
+    @property
+    def length(self) -> int | None:
+        """As in `Features`."""
+        return self.features.length
+
+    def first(self, tokens: int | None) -> SelectedFeatures:
+        """As in `Features`."""
+        return SelectedFeatures(self.features.first(tokens), self.rows)
+
 
 class JoinedFeatures:
-    """The samples of `first` followed by those of `second`, as a view; both must make vectors of one shape.
+    """The samples of `first` followed by those of `second`, as a view; both must make features of one shape.
 
-    Raises DataError when the dimensions differ.
+    Raises DataError when the dimensions or the tokens of a sample differ.
     """
 
     def __init__(self, first: Features, second: Features) -> None:
@@ -106,25 +140,36 @@ class JoinedFeatures:
                 f"features of dimension {first.dimension} and {second.dimension} cannot be joined: "
                 "make both from the same base model"
             )
-        self.first, self.second = first, second
+        if first.length != second.length:
+            raise DataError(f"samples of {first.length} and {second.length} tokens cannot be joined: cut them alike")
+        self._first, self._second = first, second
         self.dimension = first.dimension
 
     def __len__(self) -> int:
-        return len(self.first) + len(self.second)
+        return len(self._first) + len(self._second)
 
     def batch(self, rows: Tensor) -> Tensor:
         """As in `Features`, with the rows of `second` counted after those of `first`."""
-        border = len(self.first)
+        border = len(self._first)
         in_first = rows < border
         if bool(in_first.all()):
-            return self.first.batch(rows)
+            return self._first.batch(rows)
         if not bool(in_first.any()):
-            return self.second.batch(rows - border)
-        parts = torch.cat([self.first.batch(rows[in_first]), self.second.batch(rows[~in_first] - border)])
+            return self._second.batch(rows - border)
+        parts = torch.cat([self._first.batch(rows[in_first]), self._second.batch(rows[~in_first] - border)])
         # Positions in `rows` of the concatenated parts; its inverse puts them back into the order asked for.
         positions = torch.cat([in_first.nonzero().flatten(), (~in_first).nonzero().flatten()])
         return parts[positions.argsort().to(parts.device)]
 
     def pooled(self) -> Tensor:
         """As in `Features`."""
-        return torch.cat([self.first.pooled(), self.second.pooled()])
+        return torch.cat([self._first.pooled(), self._second.pooled()])
+
+    @property
+    def length(self) -> int | None:
+        """As in `Features`."""
+        return self._first.length
+
+    def first(self, tokens: int | None) -> JoinedFeatures:
+        """As in `Features`."""
+        return JoinedFeatures(self._first.first(tokens), self._second.first(tokens))

@@ -86,7 +86,7 @@ class FittedRouter:
             if self.novelty is None
             else {
                 "quantile": self.novelty.quantile,
-                "threshold": self.novelty.novelty.threshold,
+                "levels": [level.to_json() for level in self.novelty.novelty.levels],
                 "neighbours": self.novelty.novelty.neighbours,
                 "novel": float(self.novelty.novel.double().mean()),
             },

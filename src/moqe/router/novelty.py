@@ -30,6 +30,8 @@ are mostly told apart with more confidence than that, and where they are not, th
 chosen among 0.5 to 0.95, by hand, on the test documents of the 4-bit tables in docs/results.md, whose parts "Unknown to
 the router" say what it leaves: more keeps unknown kinds from specialists, and known ones as well.
 
+Both signs are for samples as long as those that were trained on; `moqe.router.levels` is about shorter ones.
+
 The same classifier is asked about the choice of any router: where it expects the chosen expert to lose against the
 fallback on what it takes the sample for, the fallback gets the sample. Two who must agree err less often than one.
 
@@ -38,7 +40,7 @@ Cost: (m + n) n d multiplications, n d numbers in memory; at prediction one (m x
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +50,7 @@ from moqe.errors import DataError
 from moqe.router.domain_classifier import DomainClassifier, fit_domain_classifier
 from moqe.router.examples import RoutingExamples
 from moqe.router.features import Features
+from moqe.router.levels import Level, best_temperature, fit_levels, level_at, tempered
 from moqe.router.router import Router, Unit, choose, prefer
 from moqe.router.selection import split_folds
 from moqe.router.standardiser import Standardiser, fit_standardiser
@@ -64,15 +67,15 @@ class Novelty:
     """How unlike the training samples others are, and from where on that counts.
 
     keys: standardised features of the training samples, float32, (n, d). spread: the mean distance of each to its
-    nearest neighbours in other documents, float32, (n,). A sample is novel where its novelty exceeds `threshold`, or
-    where `kinds`, None without labels, is not sure of what kind it is.
+    nearest neighbours in other documents, float32, (n,). A sample is novel where its novelty exceeds the threshold of
+    its length, or where `kinds`, None without labels, is not sure of what kind it is. levels: the longest first.
     """
 
     standardise: Standardiser
     keys: Tensor
     spread: Tensor
     neighbours: int
-    threshold: float
+    levels: tuple[Level, ...]
     kinds: DomainClassifier | None = None
 
     def measure(self, features: Features) -> Tensor:
@@ -87,12 +90,18 @@ class Novelty:
 
     def novel(self, features: Features) -> Tensor:
         """Whether each sample is novel: bool, (m,)."""
-        return self._novel(features, None if self.kinds is None else self.kinds.probabilities(features))
+        return self._novel(features, self._probabilities(features))
 
     def _novel(self, features: Features, kinds: Tensor | None) -> Tensor:
         """The same with the probabilities of the kinds, (m, domains), known."""
-        far = self.measure(features) > self.threshold
+        far = self.measure(features) > level_at(self.levels, features.length).threshold
         return far if kinds is None else far | (kinds.amax(1) < CONFIDENCE).to(far.device)
+
+    def _probabilities(self, features: Features) -> Tensor | None:
+        """Of the kinds, (m, domains), tempered for the length of the samples."""
+        if self.kinds is None:
+            return None
+        return tempered(self.kinds.probabilities(features), level_at(self.levels, features.length).temperature)
 
     def refused(self, features: Features, fallback: int) -> Tensor:
         """Which choices do not count, but give way to `fallback`: bool, (m, experts or 1).
@@ -100,16 +109,17 @@ class Novelty:
         All of a novel sample's; and where there is a classifier of domains, experts that it expects to lose against
         the fallback on what it takes the sample for.
         """
-        if self.kinds is None:
-            return self.novel(features)[:, None]
-        kinds = self.kinds.probabilities(features)
-        novel, expected = self._novel(features, kinds)[:, None], self.kinds.expected(kinds)
+        kinds = self._probabilities(features)
+        novel = self._novel(features, kinds)[:, None]
+        if self.kinds is None or kinds is None:
+            return novel
+        expected = self.kinds.expected(kinds)
         return novel | (expected > expected[:, fallback, None]).to(novel.device)
 
     def options(self) -> dict[str, Any]:
         """What is saved beside the tensors."""
         kinds = {} if self.kinds is None else {"kinds": self.kinds.options()}
-        return {"neighbours": self.neighbours, "threshold": self.threshold, **kinds}
+        return {"neighbours": self.neighbours, "levels": [level.to_json() for level in self.levels], **kinds}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved."""
@@ -125,12 +135,12 @@ class Novelty:
     def restore(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Novelty:
         """What was saved."""
         standardise = Standardiser(tensors["mean"], tensors["deviation"])
-        neighbours, threshold = int(options["neighbours"]), float(options["threshold"])
+        levels = tuple(Level(*level) for level in options["levels"])
         kinds = None
         if "kinds" in options:
             theirs = {key.removeprefix(_KINDS): value for key, value in tensors.items() if key.startswith(_KINDS)}
             kinds = DomainClassifier.restore(options["kinds"], theirs)
-        return cls(standardise, tensors["keys"], tensors["spread"], neighbours, threshold, kinds)
+        return cls(standardise, tensors["keys"], tensors["spread"], int(options["neighbours"]), levels, kinds)
 
 
 @dataclass(frozen=True)
@@ -185,10 +195,23 @@ def fit_novelty(train: RoutingExamples, validation: RoutingExamples, quantile: f
     for rows, own in zip(torch.split(keys, _ROWS), torch.split(document, _ROWS), strict=True):
         apart = _distances(rows, keys).masked_fill(own[:, None] == document[None], torch.inf)
         spread.append(apart.topk(neighbours, largest=False).values.mean(1))
-    fitted = Novelty(standardise, keys.float(), torch.cat(spread).float(), neighbours, 0.0)
-    threshold = float(fitted.measure(validation.features).quantile(quantile))
     kinds = fit_domain_classifier(train, validation) if len(set(train.label or ())) > 1 else None
-    return Novelty(standardise, fitted.keys, fitted.spread, neighbours, threshold, kinds)
+    fitted = Novelty(standardise, keys.float(), torch.cat(spread).float(), neighbours, (), kinds)
+    longest = validation.features.length
+
+    def measure(length: int | None) -> tuple[float, float]:
+        seen = validation.features.first(length)
+        threshold = float(fitted.measure(seen).quantile(quantile))
+        return threshold, 1.0 if kinds is None or length == longest else _temperature(kinds, seen, validation.label)
+
+    return replace(fitted, levels=fit_levels(longest, measure))
+
+
+def _temperature(kinds: DomainClassifier, features: Features, label: tuple[str, ...] | None) -> float:
+    """That of the classifier on these samples, as far as their labels are among those it knows."""
+    known = [row for row, name in enumerate(label or ()) if name in kinds.labels]
+    truth = torch.tensor([kinds.labels.index((label or ())[row]) for row in known], dtype=torch.int64)
+    return best_temperature(kinds.probabilities(features)[known], truth)
 
 
 def refused_unseen(examples: RoutingExamples, fold: Tensor, quantile: float, fallback: int) -> tuple[Tensor, Tensor]:
