@@ -190,6 +190,22 @@ def test_what_time_left_no_room_for_is_left_out_and_said(
     assert (advice.steps, advice.own_steps) == (4, 2)
 
 
+@pytest.mark.parametrize("enough", [True, False])
+def test_time_that_is_left_over_trains_more_specialists_than_planned(
+    loud_base: Path, domains: list[str], monkeypatch: pytest.MonkeyPatch, enough: bool
+) -> None:
+    from moqe.advice import bench
+
+    monkeypatch.setattr(bench, "plan", lambda *arguments: Schedule(4, 2, 1))
+    monkeypatch.setattr(Clock, "left", property(lambda self: 1e9))
+    monkeypatch.setattr(bench, "_SPARE", 1.2 if enough else math.inf)
+    advice = moqe.advise(str(loud_base), domains, bits=[2, 3], experts=[2, 3], window=24)
+    said = [cut for cut in advice.cut if "specialists" in cut and "steps" not in cut]
+    assert said == ([] if enough else ["specialists: 1 of 2"])
+    extrapolated = {row.bits: "experts" in row.extrapolated for row in advice.rows if row.experts == 3}
+    assert extrapolated == {3: True, 2: not enough}  # only the last width, whose time nobody else needs
+
+
 def test_codes_that_take_too_long_get_grids_that_are_not_searched(loud_base: Path, domains: list[str]) -> None:
     from moqe.models.decoder import Decoder
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from moqe.store import read_json, write_json
 from moqe.tasks.distiller import validation_rows
 
 NOTHING_TO_WIN = 0.004  # nats of divergence below which no specialist is trained: it could win a part of that at most
+_SPARE = 1.2  # of the time that a specialist took, so that one more than planned is trained
 _LATE = 0.5  # a width is not begun with less than this share of its time left
 
 
@@ -109,16 +111,34 @@ class Bench:
             if number and bounded and self.clock.left < _LATE * need:
                 left_out.append(f"{bits} bits: not measured, time was up")
                 continue
-            found = self._train(bits, before[bits], schedule, bounded)
+            last = number == len(training) - 1
+            found = self._train(
+                bits, before[bits], schedule, specialists, partial(self._go_on, schedule, bounded, last)
+            )
             widths.append(found)
             need = max(need, self.clock.used - started)
             if len(found.specialists) < schedule.specialists:
                 made = f"{bits} bits: {len(found.specialists)} of {schedule.specialists} specialists"
                 left_out.append(f"{made}, time was up or no text that was looked at was theirs")
         self.clock.lap("measure")
+        most = max((len(width.specialists) for width in widths), default=0)
+        schedule = replace(schedule, specialists=max(schedule.specialists, most))
         return schedule, sorted(widths, key=lambda width: width.bits), left_out
 
-    def _train(self, bits: int, before: float, schedule: Schedule, bounded: bool) -> Width:
+    def _go_on(self, schedule: Schedule, bounded: bool, last: bool, made: int, seconds: float) -> bool:
+        """Whether to train another specialist after `made`, the last of which took `seconds`.
+
+        Those that were planned as long as as much time is left; more than that only at the last width, with some over.
+        """
+        if not bounded:
+            return True
+        if made < schedule.specialists:
+            return self.clock.left >= seconds
+        return last and self.clock.left >= _SPARE * seconds
+
+    def _train(
+        self, bits: int, before: float, schedule: Schedule, most: int, go_on: Callable[[int, float], bool]
+    ) -> Width:
         return trained(
             self._student(bits),
             bits,
@@ -130,6 +150,7 @@ class Bench:
             self.own_weight,
             self.seed,
             self.work / "training" / f"w{bits}",
-            lambda seconds: bounded and self.clock.left < seconds,
+            most,
+            go_on,
             self.progress,
         )

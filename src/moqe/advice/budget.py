@@ -13,7 +13,11 @@ FULL_OWN = FULL.steps - FULL.branch_after  # steps in which its specialists diff
 # Branching late saves little: the rate falls as a cosine, and from half way on a training has a fifth of it left.
 LADDER = (
     (FULL.steps, FULL.branch_after),
-    *((steps, steps // 8) for steps in (96, 64, 48, 32, 24, 16, 8) if steps < FULL.steps or not FULL.branch_after),
+    *(
+        (steps, steps // 8)
+        for steps in (96, 80, 64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8)
+        if steps < FULL.steps or not FULL.branch_after
+    ),
 )
 USABLE = 0.85  # of the time left is planned; timings on a busy machine are off by about that much
 MOST_WINDOWS = (96, 48, 96)  # calibration, choice, judging

@@ -169,15 +169,16 @@ def trained(
     own_weight: float,
     seed: int,
     folder: Path,
-    late: Callable[[float], bool],
+    most: int,
+    go_on: Callable[[int, float], bool],
     progress: Progress,
 ) -> Width:
     """Distil a generalist and specialists that branch from it, and score them.
 
     own_weight: how much oftener specialists see their own windows. folder: for the trainings' states. Where there
-    are fewer specialists than labels, those labels get one on which the generalist diverges most. late: is asked,
-    before every specialist but the first, whether the seconds that the last one took are no longer there; then the
-    others are left out.
+    are fewer specialists than labels, those labels get one on which the generalist diverges most. most: as many
+    specialists, if time allows. go_on: is asked, before every specialist but the first, whether there is time for
+    another one, given how many there are and the seconds that the last one took.
     """
     branch, halfway = schedule.branch_after, schedule.branch_after + schedule.own_steps // 2
     look = schedule.extrapolates
@@ -209,16 +210,11 @@ def trained(
         for label in labels
         if np.any((scored.label == label) | (scored.routed == label))  # a small cluster may have calibration alone
     }
-    chosen = sorted(need, key=lambda label: -need[label])[: schedule.specialists]
-    middle = Scores(np.full(len(scored.tokens), np.nan), np.full(len(scored.tokens), np.nan))
-    if look:
-        student.load_state(_snapshot(folder / "generalist", halfway))
-        middle = score(student, scored, np.flatnonzero(np.isin(scored.label, chosen)).tolist(), scored.dtype)
     specialists: dict[str, Scores] = {}
     at_half, at_end, seconds = 0.0, 0.0, 0.0
-    for label in chosen:
+    for label in sorted(need, key=lambda label: -need[label])[:most]:
         started = time.monotonic()
-        if specialists and late(seconds):
+        if specialists and not go_on(len(specialists), seconds):
             break
         own = options.model_copy(update={"weights": {label: own_weight}, "branch_after": branch})
         place = folder / f"specialist-{labels.index(label)}"
@@ -239,9 +235,10 @@ def trained(
         specialists[label] = score(student, scored, rows, scored.dtype)
         if look:
             mine = scored.label == label
-            student.load_state(_snapshot(place, halfway))
-            then = score(student, scored, np.flatnonzero(mine).tolist(), scored.dtype)
-            at_half += float((middle.judged(scored.by_text) - then.judged(scored.by_text))[mine].sum())
+            for sign, trained_in in ((1.0, folder / "generalist"), (-1.0, place)):
+                student.load_state(_snapshot(trained_in, halfway))
+                then = score(student, scored, np.flatnonzero(mine).tolist(), scored.dtype)
+                at_half += sign * float(then.judged(scored.by_text)[mine].sum())
             at_end += float((generalist.judged(scored.by_text) - specialists[label].judged(scored.by_text))[mine].sum())
         seconds = time.monotonic() - started
     return Width(
