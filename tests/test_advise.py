@@ -190,6 +190,29 @@ def test_what_time_left_no_room_for_is_left_out_and_said(
     assert (advice.steps, advice.own_steps) == (4, 2)
 
 
+def test_codes_are_made_of_fewer_windows_than_are_distilled_on(
+    loud_base: Path, domains: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moqe.advice import bench
+
+    seen: dict[str, int] = {}
+    make, train = bench.make_codes, bench.trained
+
+    def spy_codes(decoder: Any, samples: Any, *rest: Any) -> Any:
+        seen["codes"] = len(samples)
+        return make(decoder, samples, *rest)
+
+    def spy_training(student: Any, bits: int, method: str, data: Any, *rest: Any) -> Any:
+        seen["training"] = len(data.train)
+        return train(student, bits, method, data, *rest)
+
+    monkeypatch.setattr(bench, "STATISTICS_WINDOWS", 4)
+    monkeypatch.setattr(bench, "make_codes", spy_codes)
+    monkeypatch.setattr(bench, "trained", spy_training)
+    moqe.advise(str(loud_base), domains, bits=[2], experts=[2], window=24, steps=2)
+    assert seen["codes"] == 4 < seen["training"]
+
+
 @pytest.mark.parametrize("enough", [True, False])
 def test_time_that_is_left_over_trains_more_specialists_than_planned(
     loud_base: Path, domains: list[str], monkeypatch: pytest.MonkeyPatch, enough: bool
@@ -298,6 +321,6 @@ def test_more_time_never_trains_less() -> None:
 
 
 def test_windows_follow_the_time() -> None:
-    assert affordable_windows(1e9, 0.1, 3, (500, 500, 500)) == MOST_WINDOWS
+    assert affordable_windows(1e9, 0.1, 3, (900, 500, 500)) == MOST_WINDOWS
     assert affordable_windows(1.0, 10.0, 3, (500, 500, 500)) == LEAST_WINDOWS
     assert affordable_windows(1e9, 0.1, 3, (5, 6, 7)) == (5, 6, 7)

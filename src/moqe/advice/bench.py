@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from moqe.advice.budget import FULL, MOST_WINDOWS, VALIDATION_WINDOWS, Clock, Schedule, plan
+from moqe.advice.budget import FULL, STATISTICS_WINDOWS, VALIDATION_WINDOWS, Clock, Schedule, plan
 from moqe.advice.codes import make_codes
 from moqe.advice.measurement import Scored, Width, base_losses, choice_divergence, pace, trained, untrained
 from moqe.advice.samples import AdviceSamples
@@ -56,7 +56,7 @@ class Bench:
         shared, calibration, scored = work / "shared", samples.calibration, samples.scored
         write_shared(decoder.folder, shared)
         write_json(shared / "config.json", read_json(decoder.folder / "config.json"))
-        seen = calibration.select(calibration.spread(MOST_WINDOWS[0]))  # more are for what follows the text
+        seen = calibration.select(calibration.spread(STATISTICS_WINDOWS))
         device = str(decoder.device)
         dtype = product_dtype(device, FULL.precision)
         self.codes = make_codes(decoder, seen, bits, work / "codes", shared, clock.seconds, progress, dtype)

@@ -20,8 +20,8 @@ LADDER = (
     ),
 )
 USABLE = 0.85  # of the time left is planned; timings on a busy machine are off by about that much
-MOST_WINDOWS = (96, 48, 96)  # calibration, choice, judging
-MOST_TEXT_WINDOWS = (512, 48, 96)  # where experts follow the text: what they learn of it grows with how much there is
+MOST_WINDOWS = (512, 48, 96)  # calibration, choice, judging
+STATISTICS_WINDOWS = 96  # of the calibration windows, for codes; what is distilled on fewer overfits to them
 LEAST_WINDOWS = (16, 12, 24)
 CALIBRATION_SHARE, SCORING_SHARE = 0.2, 0.25  # of the time, where there are more windows than that has room for
 VALIDATION_WINDOWS = 6
@@ -116,19 +116,19 @@ def affordable_windows(
     window_seconds: float,
     widths: int,
     there: tuple[int, int, int],
-    limits: tuple[int, int, int] = MOST_WINDOWS,
 ) -> tuple[int, int, int]:
-    """How many windows of calibration, choice and judging the time allows, of those there are and up to `limits`.
+    """How many windows of calibration, choice and judging the time allows, of those there are, up to MOST_WINDOWS.
 
     window_seconds: of the base's forward pass. Calibration windows run through the base twice, for statistics and for
-    what distillation follows; scored ones through the base once and through several experts of each width.
+    what distillation follows (those beyond STATISTICS_WINDOWS once, which leaves time over); scored ones through the
+    base once and through several experts of each width.
     """
     calibration = int(CALIBRATION_SHARE * seconds / (2 * window_seconds))
     scored = int(SCORING_SHARE * seconds / ((1 + widths * (_SCORES + 2)) * window_seconds))
     fitting = (calibration, scored // 3, scored - scored // 3)
     sizes = [
         min(have, most, max(least, fits))
-        for have, most, least, fits in zip(there, limits, LEAST_WINDOWS, fitting, strict=True)
+        for have, most, least, fits in zip(there, MOST_WINDOWS, LEAST_WINDOWS, fitting, strict=True)
     ]
     return sizes[0], sizes[1], sizes[2]
 

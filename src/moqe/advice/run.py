@@ -12,7 +12,6 @@ from moqe.advice.bench import Bench
 from moqe.advice.budget import (
     FULL,
     FULL_OWN,
-    MOST_TEXT_WINDOWS,
     MOST_WINDOWS,
     Clock,
     Schedule,
@@ -79,9 +78,10 @@ def advise(
     if own_weight <= 1.0:
         raise RecipeError(f"own_weight must be above 1, not {own_weight:g}")
     check_device(device)
-    most = MOST_TEXT_WINDOWS if text_weight else MOST_WINDOWS
     decoder = Decoder.open(base, device=device)
-    samples = read_samples([parse_source(source) for source in data], decoder.tokenizer, window, most, seed, shown)
+    samples = read_samples(
+        [parse_source(source) for source in data], decoder.tokenizer, window, MOST_WINDOWS, seed, shown
+    )
     judging = len(set(samples.judging.document))
     if judging < MINIMUM_DOCUMENTS:
         raise DataError(
@@ -93,7 +93,7 @@ def advise(
         samples = clustered(samples, embedding, max(sizes) - 1, seed)
     there = samples.sizes
     seconds, quantized = _window_seconds(decoder, samples), sorted({*wanted, REFERENCE_BITS})
-    taken = affordable_windows(clock.seconds, seconds, len(wanted), there, most)
+    taken = affordable_windows(clock.seconds, seconds, len(wanted), there)
     if steps is None and 2 * sum(taken) * seconds > clock.left:
         raise RecipeError(
             f"running the base over {sum(taken)} windows takes {2 * sum(taken) * seconds / 60:.1f} of "
