@@ -26,6 +26,7 @@ from moqe.router.baselines import Constant
 from moqe.router.guard import GuardDecision
 from moqe.router.network_router import NetworkRouter
 from moqe.router.selection import better
+from moqe.router.training import TrainingOptions
 from moqe.router.uncertainty import ClusteredMean
 
 
@@ -224,43 +225,40 @@ def test_what_the_recipe_sets_replaces_the_preset(planted):
     assert [candidate.name for candidate in only.candidates] == ["network-centred_regression"]
 
 
-def test_the_papers_text_network_trains_in_what_the_processor_has_and_the_recipe_has_the_last_word(
-    planted, monkeypatch
-):
-    seen: dict[str, str] = {}
+@pytest.fixture
+def trainings(monkeypatch) -> dict[str, TrainingOptions]:
+    """What networks are trained with, by their names, as the test goes."""
+    seen: dict[str, TrainingOptions] = {}
     original = module.train_network
 
     def spy(make, train, validation, training, seed, name, epoch_done):
-        seen[name] = training.precision
+        seen[name] = training
         return original(make, train, validation, training, seed, name, epoch_done)
 
     monkeypatch.setattr(module, "train_network", spy)
+    return seen
+
+
+def test_the_papers_text_network_trains_in_what_the_processor_has_and_the_recipe_has_the_last_word(planted, trainings):
     train, validation = planted(24, 0.2, 1), planted(16, 0.2, 2)
     fit_paper(Options(epochs=1), train, validation, 0)
     fit_tuned(Options(epochs=1, objective="expected_loss"), train, validation, 0)
-    assert seen == {"paper": "auto", "network-expected_loss": "float32"}
+    names = ("paper", "network-expected_loss")
+    assert [trainings[name].precision for name in names] == ["auto", "float32"]
     fit_paper(Options(epochs=1, precision="float32"), train, validation, 0)
     fit_tuned(Options(epochs=1, objective="expected_loss", precision="bfloat16"), train, validation, 0)
-    assert seen == {"paper": "float32", "network-expected_loss": "bfloat16"}
+    assert [trainings[name].precision for name in names] == ["float32", "bfloat16"]
 
 
-def test_balance_is_the_papers_and_only_on_request_in_tuned(planted, monkeypatch):
-    seen: dict[str, Balance | None] = {}
-    original = module.train_network
-
-    def spy(make, train, validation, training, seed, name, epoch_done):
-        seen[name] = training.balance
-        return original(make, train, validation, training, seed, name, epoch_done)
-
-    monkeypatch.setattr(module, "train_network", spy)
+def test_balance_is_the_papers_and_only_on_request_in_tuned(planted, trainings):
     train, validation = planted(24, 0.2, 1), planted(16, 0.2, 2)
     fit_paper(Options(preset="paper", epochs=1), train, validation, 0)
-    assert seen.pop("paper") == Balance()
+    assert trainings.pop("paper").balance == Balance()
     fit_tuned(Options(epochs=1), train, validation, 0)
-    assert set(seen.values()) == {None}
+    assert {training.balance for training in trainings.values()} == {None}
     fit_tuned(Options(epochs=1, balance=Balance(usage_decay=0.5)), train, validation, 0)
-    assert seen["network-expected_loss"] == Balance(usage_decay=0.5)
-    assert seen["network-centred_regression"] is None
+    assert trainings["network-expected_loss"].balance == Balance(usage_decay=0.5)
+    assert trainings["network-centred_regression"].balance is None
     with pytest.raises(RecipeError, match=r"router\.balance"):
         fit_paper(Options(preset="paper", objective="centred_regression", balance=Balance()), train, validation, 0)
 
