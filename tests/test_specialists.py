@@ -225,6 +225,34 @@ def test_clusters_need_no_labels_and_rounds_are_written_down(loud_base: Path, te
     assert "telling words" in (tmp_path / "m" / "report.html").read_text()
 
 
+def test_a_resumed_build_knows_who_got_which_window(
+    loud_base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moqe.tasks.distiller import Distiller
+
+    content = with_specialists(recipe_for(loud_base, texts), domains=["code", "prose"], rounds=1)
+    content["specialists"]["distill"] = SHORT | {"steps": 2}
+    recipe, folder, train = parse_recipe(content), tmp_path / "m", Distiller._train
+
+    def interrupted(*arguments: Any) -> Any:
+        if arguments[5] == 1:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "_train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            LanguageTask(recipe, folder).make_experts(Silent())
+    place = folder / ".work" / "distill" / "generalist" / "assigned-1.json"
+    assert set(read_json(place)) == {"for-code", "for-prose"}
+    everything_prose = ["for-prose"] * len(read_json(place))
+    place.write_text(json.dumps(everything_prose))
+    labels: list[list[str]] = []
+    monkeypatch.setattr(Distiller, "_train", lambda *given: labels.append(list(given[4])) or train(*given))
+    LanguageTask(recipe, folder).make_experts(Silent())
+    assert labels[-2:] == [everything_prose] * 2  # what was written is what the second round is trained on
+
+
 def test_memory_is_spent_within_its_bound(loud_base: Path, texts: Path, tmp_path: Path) -> None:
     content = with_specialists(recipe_for(loud_base, texts), memory=1.04)
     moqe.build(moqe.parse_recipe(content), tmp_path / "m")

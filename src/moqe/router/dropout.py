@@ -34,7 +34,7 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, rate: float, training: bool) -> Tensor:
     """Attention of every head, (b, heads, t, d / heads), of three such, with dropout on its weights in training."""
-    if not training or not rate:
-        return functional.scaled_dot_product_attention(query, key, value)
+    if not training or not rate or query.device.type != "cpu":
+        return functional.scaled_dot_product_attention(query, key, value, dropout_p=rate if training else 0.0)
     weights = (query / math.sqrt(query.shape[-1]) @ key.transpose(-1, -2)).softmax(-1)  # (b, heads, t, t)
     return dropout(weights, rate, training).to(value.dtype) @ value

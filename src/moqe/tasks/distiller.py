@@ -98,7 +98,8 @@ class Distiller:
         wanted = 0 if options is None else options.rounds
         score = self._half_split(student, family, found, progress) if wanted else 0.0
         for number in range(1, wanted + 1):
-            assigned = self._assign(student, found, specialists, progress)
+            place = self.folder.training(family.owner.name) / f"assigned-{number}.json"
+            assigned = self._assign(student, found, specialists, place, progress)
             again = found | {
                 member.name: self._train(student, family, _owning(member), assigned, number, progress)
                 for member in specialists
@@ -233,9 +234,16 @@ class Distiller:
         student: Student,
         found: Mapping[str, Distilled],
         specialists: Sequence[Expert],
+        place: Path,
         progress: Progress,
     ) -> list[str]:
-        """For every calibration window the name of the specialist that follows the target most closely on it."""
+        """For every calibration window the name of the specialist that follows the target most closely on it.
+
+        As `place` says it if it is there, and written to it: a resumed build need not look at every window again.
+        """
+        if place.exists():
+            known: list[str] = read_json(place)
+            return known
         assert specialists[0].distill is not None
         rows, targets = torch.arange(len(self.samples)), self._followed(specialists[0].distill, progress)
         with progress.track("distill: assign windows", len(specialists)) as advance:
@@ -245,7 +253,9 @@ class Distiller:
                 columns.append(self._divergence(student, targets, rows))
                 advance(1)
         choice = torch.stack(columns, dim=1).argmin(1)
-        return [specialists[int(index)].name for index in choice]
+        assigned = [specialists[int(index)].name for index in choice]
+        write_json(place, assigned)
+        return assigned
 
     def _own_windows(self, member: Expert, labels: Sequence[str]) -> dict[str, Any] | None:
         """How many calibration windows a specialist is for, and the words that tell them from the others."""
