@@ -114,8 +114,9 @@ class Targets:
     def _kl(self, student: Student, mine: Tensor, theirs: Tensor, following: Tensor) -> Tensor:
         """(positions,), of the student's and the base's hidden states and the token that follows, int64."""
         wanted = self._wanted(student, theirs, following)
+        target = wanted.exp()
         found = student.head(mine).float().log_softmax(-1)
-        return (wanted.exp() * (wanted - found)).sum(-1)
+        return wanted.sub_(found).mul_(target).sum(-1)
 
     def _kl_and_gradient(
         self, student: Student, mine: Tensor, theirs: Tensor, following: Tensor
