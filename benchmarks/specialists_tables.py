@@ -86,6 +86,9 @@ def section(bits: int, variant: str, found: list[Outcomes], hold_out: str) -> st
     """The tables of one width and variant, pooled over its seeds."""
     text = [f"### {bits} bits, group {GROUP}, specialists: {variant}" + (f", without {hold_out}" if hold_out else "")]
     text.append(conditions(found))
+    if "rounds" in variant and all(_undone(one) for one in found):
+        unchanged = "No round was kept: experts, and what they score, are those of the same recipe without rounds."
+        return "\n\n".join([*text, unchanged, alternation(found)])
     for protocol in found[0]["protocols"]:
         ways, document, count, domain = pooled(found, protocol)
         text.append(claim(ways, document, count, bits))
@@ -144,12 +147,22 @@ def alternation(found: list[Outcomes]) -> str:
     """The family's loss on validation windows after each round, who answers chosen on the other half of a window."""
     rows = []
     for one in found:
-        rounds: list[dict[str, float]] = next((x["rounds"] for x in one["made"].values() if "rounds" in x), [])
+        rounds = _rounds(one)
         values = [rounds[0]["before"], *(entry["after"] for entry in rounds)] if rounds else []
         rows.append([str(one["seed"]), " → ".join(number(value) for value in values) or "none"])
     return "Alternation ends with the first round that does not lower this, and that round is undone.\n\n" + table(
         ["seed", "on validation windows, before and after each round"], rows
     )
+
+
+def _rounds(one: Outcomes) -> list[dict[str, float]]:
+    return next((facts["rounds"] for facts in one["made"].values() if "rounds" in facts), [])
+
+
+def _undone(one: Outcomes) -> bool:
+    """Whether already the first round did not lower the loss."""
+    rounds = _rounds(one)
+    return bool(rounds) and rounds[0]["after"] >= rounds[0]["before"]
 
 
 def memory(found: list[Outcomes]) -> str:

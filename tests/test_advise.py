@@ -224,9 +224,26 @@ def test_time_that_is_left_over_trains_more_specialists_than_planned(
     monkeypatch.setattr(bench, "_SPARE", 1.2 if enough else math.inf)
     advice = moqe.advise(str(loud_base), domains, bits=[2, 3], experts=[2, 3], window=24)
     said = [cut for cut in advice.cut if "specialists" in cut and "steps" not in cut]
-    assert said == ([] if enough else ["specialists: 1 of 2"])
+    left_behind = "3 bits: 1 of 2 specialists, time was up or no text that was looked at was theirs"
+    assert said == ([left_behind] if enough else ["specialists: 1 of 2"])
     extrapolated = {row.bits: "experts" in row.extrapolated for row in advice.rows if row.experts == 3}
     assert extrapolated == {3: True, 2: not enough}  # only the last width, whose time nobody else needs
+
+
+@pytest.mark.parametrize("label", ["code", "prose"])
+def test_the_label_that_promises_most_gets_a_specialist_first(
+    loud_base: Path, domains: list[str], monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    from moqe.advice import bench, measurement
+
+    names: list[str] = []
+    distill = measurement.distill
+    monkeypatch.setattr(bench, "plan", lambda *arguments: Schedule(4, 2, 1))
+    monkeypatch.setattr(bench, "_SPARE", math.inf)
+    monkeypatch.setattr(measurement, "promise", lambda scored, *scores: (scored.label == label).astype(float))
+    monkeypatch.setattr(measurement, "distill", lambda *a, name, **k: names.append(name) or distill(*a, name=name, **k))
+    moqe.advise(str(loud_base), domains, bits=[2], experts=[3], window=24)
+    assert names == ["w2", f"w2 for {label}"]
 
 
 def test_codes_that_take_too_long_get_grids_that_are_not_searched(loud_base: Path, domains: list[str]) -> None:

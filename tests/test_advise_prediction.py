@@ -12,7 +12,7 @@ import torch
 from moqe.advice import Range, Row
 from moqe.advice.advice import advise_sentence
 from moqe.advice.codes import bits_per_weight
-from moqe.advice.measurement import Scored, Scores, Width, _growth
+from moqe.advice.measurement import Scored, Scores, Width, _growth, promise
 from moqe.advice.prediction import Predictor, Size, gap_at, growth_of
 from moqe.methods.distill import Targets
 from moqe.methods.distill.targets import BaseAnswers
@@ -198,3 +198,20 @@ def test_the_sentence_names_the_widths_of_each_view() -> None:
     assert advise_sentence(rows, "too little was seen") == said
     assert advise_sentence(rows[-1:], "too little was seen").startswith("Undecided: no predicted gain")
     assert advise_sentence(rows[-1:]).startswith("Not worth it here")
+
+
+def test_text_promises_as_much_as_the_generalist_adapted_with_half_of_rounding_mended() -> None:
+    widths, scored = measured(0.01, 0.0)
+    generalist, untrained = Scores(scored.base - 0.05, scored.base), Scores(scored.base + 0.2, scored.base)
+    np.testing.assert_allclose(promise(scored, generalist, untrained), 0.15)
+    np.testing.assert_array_equal(promise(scored, widths[1].generalist, None), widths[1].generalist.divergence)
+
+
+def test_a_label_without_a_specialist_gains_in_proportion_to_its_promise() -> None:
+    widths, scored = measured(0.01, 0.0, specialists=1)
+    scored = replace(scored, by_text=True)
+    for other, factor in ((0.05, 1.5), (0.1, 2.0), (-0.1, 1.0)):  # `a` has a specialist and promises 0.1
+        width = replace(widths[1], promise=np.where(scored.label == "a", 0.1, other))
+        row = predictor([width], scored).row(width, 3)
+        assert row.gain.value == pytest.approx(factor * 0.01 / 2)  # half of the windows are of `a`
+        assert row.extrapolated == ("experts",)

@@ -180,6 +180,12 @@ def test_what_clusters_and_rounds_did_is_listed() -> None:
     assert "| for-cluster-1 | 0 | 7 | `def`, `self` |" in found["4-text+clusters"]
     assert "follows base and text" in found["4-text+clusters"]
     assert "0.5000 → 0.4000" in found["4-rounds"]
+    assert "router mixture" in found["4-rounds"]
+    run["made"]["generalist"]["rounds"][0]["after"] = 0.5
+    undone = sections({"4-rounds": [run]})["4-rounds"]
+    assert "0.5000 → 0.5000" in undone
+    assert "No round was kept" in undone
+    assert "router mixture" not in undone
 
 
 def test_shorter_prompts_are_pooled_over_seeds_and_show_the_worst_unknown_domain() -> None:

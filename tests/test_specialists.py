@@ -361,6 +361,37 @@ def test_rounds_and_memory_are_those_of_the_family_they_were_asked_for(
     assert "blocks" not in found["other"]
 
 
+def test_a_listed_expert_with_the_generalist_s_codes_keeps_its_own_scales(
+    loud_base: Path, texts: Path, tmp_path: Path
+) -> None:
+    content = with_specialists(recipe_for(loud_base, texts), domains=["code", "prose"], rounds=1, memory=1.02)
+    content["specialists"]["distill"] = SHORT | {"steps": 2}
+    content["experts"] = [{"name": "more", "codes_of": "generalist", "distill": SHORT | {"steps": 4}}]
+    LanguageTask(moqe.parse_recipe(content), tmp_path).make_experts(Silent())
+    more, general = (tmp_path / "experts" / name for name in ("more", "generalist"))
+    assert "blocks" not in read_json(more / "certificate.json")["distilled"]
+    assert not {path.stat().st_ino for path in more.glob("scales-*")} & {
+        path.stat().st_ino for path in general.glob("scales-*")
+    }
+
+
+def test_clusters_leave_no_domains_to_weigh(recipe_content: dict[str, Any], tmp_path: Path) -> None:
+    listed = {"name": "mine", "method": "gptq", "scheme": "w4a16", "group_size": 64, "calibration": {"code": 4}}
+    content = with_specialists(recipe_content, by="cluster", count=2) | {"experts": [listed]}
+    with pytest.raises(RecipeError, match=r"expert 'mine' weighs the domain 'code', and with specialists\.by: cluster"):
+        LanguageTask(parse_recipe(content), tmp_path).splits()
+
+
+def test_who_shares_codes_branches_from_one_training_of_the_same_parts(recipe_content: dict[str, Any]) -> None:
+    owner = {"name": "a", "method": "rtn", "scheme": "w4a16", "distill": {"weights": {"code": None}}}
+    member = {"name": "b", "codes_of": "a", "distill": {"branch_after": 1}}
+    with pytest.raises(RecipeError, match="branch_after needs one training to branch from, and 'a' tries several"):
+        parse_recipe(recipe_content | {"experts": [owner, member]})
+    owner["distill"] = {"norms": True}
+    with pytest.raises(RecipeError, match=r"distill\.norms must be as for 'a'"):
+        parse_recipe(recipe_content | {"experts": [owner, member]})
+
+
 def test_every_training_has_the_products_it_asks_for(
     loud_base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

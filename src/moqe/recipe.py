@@ -208,6 +208,16 @@ def _with_codes(expert: Expert, by_name: dict[str, Expert]) -> Expert:
                 f"expert {expert.name!r}: distill.branch_after is {expert.distill.branch_after}, and {owner.name!r} is "
                 f"distilled for {reached} steps: lower it, or give {owner.name!r} more steps"
             )
+        if owner.distill is not None and None in owner.distill.weights.values():
+            raise ValueError(
+                f"expert {expert.name!r}: distill.branch_after needs one training to branch from, and {owner.name!r} "
+                "tries several weights: state them"
+            )
+    if expert.distill is not None and owner.distill is not None and expert.distill.norms != owner.distill.norms:
+        raise ValueError(
+            f"expert {expert.name!r}: distill.norms must be as for {owner.name!r}, whose codes it has: those who share "
+            "codes are trained on one model"
+        )
     return owner.model_copy(update={"name": expert.name, "codes_of": expert.codes_of, "distill": expert.distill})
 
 

@@ -63,7 +63,7 @@ def test_damage_is_noticed(routers, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format 2"),
+        ({"format": 1}, "has format 1"),
         ({"kind": "liner"}, "did you mean 'linear'"),
         ({"options": {}}, "does not describe a router"),
         ({"kind": "network"}, "does not describe a router"),

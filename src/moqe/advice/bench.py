@@ -103,7 +103,7 @@ class Bench:
             untrained(self._student(bits), bits, self.codes.methods[bits], self.scored, before[bits])
             for bits in sorted(set(before) - set(training))
         ]
-        left_out: list[str] = []
+        left_out, measured = list[str](), list[Width]()
         need = schedule.seconds(step_seconds, score_seconds, windows)
         bounded = steps is None
         for number, bits in enumerate(training):
@@ -117,12 +117,14 @@ class Bench:
             )
             widths.append(found)
             need = max(need, self.clock.used - started)
-            if len(found.specialists) < schedule.specialists:
-                made = f"{bits} bits: {len(found.specialists)} of {schedule.specialists} specialists"
-                left_out.append(f"{made}, time was up or no text that was looked at was theirs")
+            measured.append(found)
         self.clock.lap("measure")
-        most = max((len(width.specialists) for width in widths), default=0)
-        schedule = replace(schedule, specialists=max(schedule.specialists, most))
+        most = max([schedule.specialists, *(len(width.specialists) for width in widths)])
+        schedule = replace(schedule, specialists=most)
+        for width in measured:
+            if len(width.specialists) < most:
+                made = f"{width.bits} bits: {len(width.specialists)} of {most} specialists"
+                left_out.append(f"{made}, time was up or no text that was looked at was theirs")
         return schedule, sorted(widths, key=lambda width: width.bits), left_out
 
     def _go_on(self, schedule: Schedule, bounded: bool, last: bool, made: int, seconds: float) -> bool:

@@ -68,7 +68,8 @@ class Width:
     where the label or the router says so; empty where nothing was trained. growth: the specialists' gain over that
     after half of their own steps; NaN where that was not looked at or nothing was gained. rounding: the divergence, per
     window, of which more bits would leave less: that of the untrained codes where the generalist followed the text,
-    away from the base, and otherwise the generalist's own, None.
+    away from the base, and otherwise the generalist's own, None. promise: see the function; None: the generalist's
+    divergence.
     """
 
     bits: int
@@ -79,11 +80,17 @@ class Width:
     steps: int
     growth: float
     rounding: Floats | None = None
+    promise: Floats | None = None
 
     @property
     def left(self) -> Floats:
         """`rounding`, or the generalist's divergence in its place."""
         return self.generalist.divergence if self.rounding is None else self.rounding
+
+    @property
+    def promises(self) -> Floats:
+        """`promise`, or the generalist's divergence in its place."""
+        return self.generalist.divergence if self.promise is None else self.promise
 
 
 def score(student: Student, scored: Scored, rows: Sequence[int], dtype: torch.dtype) -> Scores:
@@ -176,7 +183,7 @@ def trained(
     """Distil a generalist and specialists that branch from it, and score them.
 
     own_weight: how much oftener specialists see their own windows. folder: for the trainings' states. Where there
-    are fewer specialists than labels, those labels get one on which the generalist diverges most. most: as many
+    are fewer specialists than labels, those labels get one that promise most (`promise`). most: as many
     specialists, if time allows. go_on: is asked, before every specialist but the first, whether there is time for
     another one, given how many there are and the seconds that the last one took.
     """
@@ -196,17 +203,18 @@ def trained(
     )
     student.load_state(made.state)
     everything = range(len(scored.tokens))
-    rounding = None
+    untrained = None
     if scored.by_text:
         student.load_state({})
-        rounding = score(student, scored, everything, scored.dtype).divergence
+        untrained = score(student, scored, everything, scored.dtype)
         student.load_state(made.state)
     with progress.track(f"score w{bits}", len(everything)) as advance:
         generalist = score(student, scored, everything, scored.dtype)
         advance(len(everything))
     labels = sorted(set(data.label))
+    hoped = promise(scored, generalist, untrained)
     need = {
-        label: float(np.nansum(np.where((scored.label == label) & ~scored.judging, generalist.divergence, np.nan)))
+        label: float(np.nansum(np.where((scored.label == label) & ~scored.judging, hoped, np.nan)))
         for label in labels
         if np.any((scored.label == label) | (scored.routed == label))  # a small cluster may have calibration alone
     }
@@ -242,8 +250,28 @@ def trained(
             at_end += float((generalist.judged(scored.by_text) - specialists[label].judged(scored.by_text))[mine].sum())
         seconds = time.monotonic() - started
     return Width(
-        bits, method, divergence_before, generalist, specialists, schedule.steps, _growth(at_half, at_end), rounding
+        bits,
+        method,
+        divergence_before,
+        generalist,
+        specialists,
+        schedule.steps,
+        _growth(at_half, at_end),
+        None if untrained is None else untrained.divergence,
+        hoped,
     )
+
+
+def promise(scored: Scored, generalist: Scores, untrained: Scores | None) -> Floats:
+    """What a specialist's gain may be in proportion to: nats of every scored window, (n,).
+
+    What the generalist has left to follow of the base; or, where the text is followed (`untrained` is the loss of the
+    codes before any training), how much it has adapted, taking half of what rounding costs for mended.
+    """
+    if untrained is None:
+        return generalist.divergence
+    mended: Floats = (scored.base + untrained.nats) / 2 - generalist.nats
+    return mended
 
 
 def _growth(at_half: float, at_end: float) -> float:

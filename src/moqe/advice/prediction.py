@@ -7,7 +7,8 @@ the tokens that came is reported beside it and may contradict it.
 
 Where experts follow the text as well (`text_weight`) they leave the base's predictions on purpose, and gains are of
 loss. Nothing bounds them then, and what is learnt of a text goes on with every window, while a divergence runs out: the
-growth that was measured is expected to go on, and labels without a specialist to gain as much as the others. What one
+growth that was measured is expected to go on, and labels without a specialist to gain in proportion to how much the
+generalist has adapted to them. What one
 model of more bits gains is read off the divergences of codes that were not trained at all, which flatters it: training
 makes up for about half of them.
 """
@@ -149,23 +150,22 @@ class Predictor:
     def _factor(self, width: Width, experts: int) -> tuple[float, tuple[str, ...]]:
         """By what a measured gain may grow in a full build of so many experts, and why.
 
-        Labels for which no specialist was trained win at most the same share of their divergence as those for which
-        one was, or as much a window where experts follow the text. More experts than labels win at most as much again
+        Labels for which no specialist was trained win at most the same share of what they promise (`promise`) as those
+        for which one was. More experts than labels win at most as much again
         with every doubling.
         """
         if not width.specialists:
             return 1.0, ()
         most, why = self.most, ["steps"] * (self.most > 1.0)
-        weight = np.ones(len(self.scored.label)) if self.scored.by_text else width.generalist.divergence
         shares = {
-            label: float(weight[self.scored.judging & (self.scored.label == label)].sum())
+            label: max(0.0, float(width.promises[self.scored.judging & (self.scored.label == label)].sum()))
             for label in set(self.scored.label.tolist())
         }
         covered = sum(shares.get(label, 0.0) for label in width.specialists)
         others = sorted((value for label, value in shares.items() if label not in width.specialists), reverse=True)
         further = experts - 1 - len(width.specialists)
-        if further > 0 and covered > 0:
-            most *= 1.0 + sum(others[:further]) / covered
+        if further > 0:
+            most *= 1.0 + sum(others[:further]) / covered if covered else 1.0
             why.append("experts")
         labels = len(width.specialists) + len(others)
         if experts - 1 > labels:

@@ -25,7 +25,7 @@ from moqe.router.novelty import Novelty, NoveltyRouter
 from moqe.router.router import Router, SavableRouter
 from moqe.store import atomic, digest_bytes, read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION, TENSORS = "router.json", "router.safetensors"
 NOVELTY = "novelty."  # begins the names of what tells novel samples, beside the tensors of the router
 

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moqe.errors import ModelError, NumericalError
+from moqe.errors import NumericalError
 from moqe.formats.expert_files import ExpertFiles, PackedFiles
 from moqe.formats.shared_codes import Lease, SharedCodes
 from moqe.models.device import mixed_precision
+from moqe.models.head import refuse_changed_logits
 from moqe.models.shared import share
 from moqe.progress import Progress, Silent
 from moqe.runtimes.installation import install
@@ -161,13 +162,7 @@ class _Parts:
         self.model, self.body, self.head = model, model.base_model, model.get_output_embeddings()
         self.device = self.head.weight.device
         self.vocabulary = int(self.head.weight.shape[0])
-        # Ids from the whole vocabulary: a padding id alone has a zero embedding and would show nothing.
-        probe = torch.arange(self.vocabulary, device=self.device)[:: max(1, self.vocabulary // 8)][None]
-        with torch.no_grad():
-            direct, split = model(input_ids=probe).logits, self.head(self.hidden(probe))
-        # Some architectures scale or cap their logits after the head; leaving that out would be silently wrong.
-        if torch.isfinite(direct).all() and not torch.allclose(direct, split, rtol=1e-4, atol=1e-4):
-            raise ModelError(f"{type(model).__name__} changes its logits after the head: it is not supported")
+        refuse_changed_logits(model)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Normalised hidden states, (n, t, hidden), of tokens, (n, t)."""

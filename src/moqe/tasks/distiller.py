@@ -93,8 +93,9 @@ class Distiller:
         student = Student(self._skeleton, files, norms=norms)
         labels, rounds = list(self.samples.domain), []
         found = {member.name: self._train(student, family, member, labels, 0, progress) for member in family.members}
-        specialists = [member for member in family.members if member.codes_of]
         options = self._family_options(family)
+        # An expert that a recipe lists with the generalist's codes takes no part in rounds, and keeps its own scales.
+        specialists = [member for member in family.members if member.codes_of and member in self.recipe.family]
         wanted = 0 if options is None else options.rounds
         score = self._half_split(student, family, found, progress) if wanted else 0.0
         for number in range(1, wanted + 1):

@@ -126,13 +126,19 @@ class LanguageTask:
     def _read_splits(self, progress: Progress) -> dict[str, TextSamples]:
         data = self.recipe.data.model_copy(update={"calibration_samples": self.recipe.calibration_windows})
         splits = make_splits(data, self.decoder.tokenizer, self.recipe.seed, progress)
-        domains = set(splits.calibration.domain)
-        if self.recipe.specialists is not None:
-            domains |= set(self.recipe.specialists.labels(self.recipe.data.calibration))
+        specialists, domains = self.recipe.specialists, set(splits.calibration.domain)
+        by_cluster = specialists is not None and specialists.by == "cluster"
+        known = set(specialists.labels(self.recipe.data.calibration)) if specialists is not None else domains
         for expert in self.recipe.experts:
             distilled = set(expert.distill.weights) if expert.distill is not None else set()
-            for domain in sorted((set(expert.calibration) | distilled) - domains):
-                hint = did_you_mean(domain, domains)
+            weighed = set(expert.calibration) | distilled
+            if by_cluster and weighed & (domains - known):
+                raise RecipeError(
+                    f"expert {expert.name!r} weighs the domain {min(weighed & (domains - known))!r}, and with "
+                    "specialists.by: cluster windows are told apart by cluster: use by: domain, or two recipes"
+                )
+            for domain in sorted(weighed - domains - known):
+                hint = did_you_mean(domain, domains | known)
                 raise RecipeError(f"expert {expert.name!r} weighs the unknown domain {domain!r}; {hint}")
             if expert.distill is not None:
                 _refuse_single_documents(expert.name, expert.distill, splits.calibration)

@@ -15,6 +15,7 @@ from moqe.formats.expert_files import ExpertFiles
 from moqe.formats.safetensors_folder import in_block
 from moqe.methods.distill.scaled_linear import ScaledLinear
 from moqe.methods.distill.scales import scale_form, with_scales
+from moqe.models.head import refuse_changed_logits
 from moqe.models.shared import share
 from moqe.models.skeleton import assign, find_blocks
 from moqe.quantized import Quantized
@@ -48,6 +49,7 @@ class Student:
                 self._place(name, norms)
         if not self.linears:
             raise CheckpointError("the expert has no quantized linear: there are no scales to train")
+        refuse_changed_logits(model)
         keeping = Keeping(len(blocks), most_kept)
         for index, block in enumerate(blocks):
             blocks[index] = _Checkpointed(block, keeping)
