@@ -150,7 +150,7 @@ def test_where_experts_follow_the_text_gains_are_of_loss() -> None:
     assert predictor([widths[0], one, widths[2]], scored).row(one, 3).gain.value == 0.0
 
 
-def test_a_gain_of_loss_has_no_bound_and_labels_count_by_windows() -> None:
+def test_a_gain_of_loss_has_no_bound_and_equal_labels_count_alike() -> None:
     widths, scored = measured(0.5, 0.002, specialists=1)  # more than the divergence of 0.1
     found = predictor(widths, replace(scored, by_text=True), growth=2.0, own=1.0).row(widths[1], 3)
     assert found.measured_gain.value == pytest.approx(0.25, abs=0.01)

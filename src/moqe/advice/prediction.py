@@ -8,9 +8,8 @@ the tokens that came is reported beside it and may contradict it.
 Where experts follow the text as well (`text_weight`) they leave the base's predictions on purpose, and gains are of
 loss. Nothing bounds them then, and what is learnt of a text goes on with every window, while a divergence runs out: the
 growth that was measured is expected to go on, and labels without a specialist to gain in proportion to how much the
-generalist has adapted to them. What one
-model of more bits gains is read off the divergences of codes that were not trained at all, which flatters it: training
-makes up for about half of them.
+generalist has adapted to them. What one model of more bits gains is read off the divergences of codes that were not
+trained at all, which flatters it: training makes up for about half of them.
 """
 
 from __future__ import annotations
@@ -151,8 +150,7 @@ class Predictor:
         """By what a measured gain may grow in a full build of so many experts, and why.
 
         Labels for which no specialist was trained win at most the same share of what they promise (`promise`) as those
-        for which one was. More experts than labels win at most as much again
-        with every doubling.
+        for which one was. More experts than labels win at most as much again with every doubling.
         """
         if not width.specialists:
             return 1.0, ()
